@@ -1,0 +1,1 @@
+"""The actor: a vLLM engine that turns tasks into scored rollouts and applies new weights in flight."""

@@ -1,0 +1,1 @@
+"""What the actor and the learner must agree on: configuration, wire formats, queue, weights, HTTP."""

@@ -1,0 +1,321 @@
+"""Configuration: one TOML file that the learner and every actor read, `ASPO_*` variables and `--set` over it.
+
+    settings = load_config(Path("my.toml"), overrides=["learner.learning_rate=1e-5"])
+
+Precedence: `--set` > environment (`ASPO_LEARNER__LEARNING_RATE=1e-5`) > TOML > defaults. Unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+ENV_PREFIX = "ASPO_"
+ENV_DELIMITER = "__"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A setting that the user must mend; its text is one line that says which and how."""
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RunConfig(Section):
+    """What is being run and where it is kept."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Names versions, keys and folders.")
+    dir: Path = Field(Path("runs"), description="Parent folder of the run's folder.")
+    seed: int = Field(0, ge=0, description="Seeds data order, the learner and the sampling of every task.")
+
+    @property
+    def path(self) -> Path:
+        """The run's own folder."""
+        return self.dir / self.name
+
+
+class RedisConfig(Section):
+    """The queue between actors and learner."""
+
+    url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// URL.")
+    task_lease_s: float = Field(120.0, gt=0, description="A task not renewed for so long goes to another actor.")
+    max_entry_mib: int = Field(64, ge=1, le=512, description="Largest rollout group accepted, in MiB.")
+
+
+class ModelConfig(Section):
+    """The policy: any folder or name that `from_pretrained` loads."""
+
+    path: str = Field(..., min_length=1, description="Model folder or hub name to start from.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Type in which weights are published and actors run; the learner keeps fp32 masters."
+    )
+
+
+class DataConfig(Section):
+    """Where prompts come from and which columns mean what."""
+
+    path: str = Field(..., min_length=1, description="A .jsonl, .json, .parquet or .csv file, or a HF dataset name.")
+    split: str = Field("train", description="Split to read.")
+    prompt_column: str = Field("prompt", description="A string, or a list of chat messages.")
+    reward_columns: tuple[str, ...] = Field(("answer",), description="Columns handed to the reward function.")
+    chat_template: bool | None = Field(
+        None, description="Render prompts with the tokenizer's chat template; unset: when it has one."
+    )
+    overlong_prompts: Literal["error", "skip"] = Field(
+        "error", description="What to do with a prompt that leaves no room for `sampling.max_tokens`."
+    )
+
+
+class EvalConfig(Section):
+    """Held-out greedy evaluation by the actors, without stopping training."""
+
+    path: str | None = Field(None, description="Prompts as in `data`; none: no evaluation.")
+    split: str = Field("train", description="Split to read.")
+    every: int = Field(20, ge=1, description="Learner steps between evaluations.")
+    max_prompts: int = Field(256, ge=1, description="Prompts used during training; before and after use all.")
+    stop_accuracy: Fraction | None = Field(None, description="Stop training once an evaluation reaches this.")
+
+
+class SamplingConfig(Section):
+    """How actors sample; top-p, top-k and penalties are off, for they would falsify the behaviour log-probs."""
+
+    group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
+    max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
+    temperature: float = Field(1.0, gt=0.0, le=10.0, description="Applied by actor and learner alike.")
+
+
+class RewardConfig(Section):
+    """Who scores a completion."""
+
+    function: str = Field(
+        "aspo_actor.rewards:exact_match", pattern=r"^[\w.]+:\w+$", description="Import path `module:function`."
+    )
+    timeout_s: float = Field(10.0, gt=0, description="A slower call scores the sample as failed.")
+    failed_score: float = Field(0.0, description="Reward of a sample whose scoring failed.")
+    concurrency: int = Field(4, ge=1, le=256, description="Worker processes that run the reward function.")
+
+
+class LossConfig(Section):
+    """The objective; see docs/concepts.md for the ratios."""
+
+    name: Literal["aspo", "no-is", "response-mean", "ratio", "grpo", "dapo", "cispo", "gspo"] = Field(
+        "aspo", description="ASPO, its ablations, or a peer's loss on the same interface."
+    )
+    eps_low: float = Field(0.2, ge=0, lt=1, description="Hard clip of negative-advantage tokens: r >= 1 - eps_low.")
+    eps_high: float = Field(0.2, ge=0, description="Hard clip of positive-advantage tokens: r <= 1 + eps_high.")
+    dual_clip_pos: float = Field(3.0, gt=1, description="Soft cap of the weight of positive tokens.")
+    dual_clip_neg: float = Field(3.0, gt=1, description="Soft cap of the weight of negative tokens.")
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = Field(
+        "token-mean", description="Over the whole mini-batch, whatever the micro-batches."
+    )
+    ratio_reference: Literal["behavior", "proximal"] = Field(
+        "behavior", description="Denominator of r: the sampler's own log-probs, or a recompute at the batch's start."
+    )
+    behavior_correction: Literal["truncate", "mask", "none"] = Field(
+        "truncate", description="Weight by s = proximal/behavior; only with ratio_reference = 'proximal'."
+    )
+    correction_level: Literal["token", "sequence"] = Field("token", description="Granularity of s.")
+    entropy_split_clip: bool = Field(False, description="Reference code's 0.2/0.4 clip split by token entropy.")
+    kl_coefficient: float = Field(0.0, ge=0, description="K3 KL to the initial policy; > 0 loads a reference model.")
+
+
+class LearnerConfig(Section):
+    """Optimisation and cadence."""
+
+    device: str = Field("auto", description="cpu, cuda, cuda:N; auto takes a GPU when there is one.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of the learner; unset: torch's choice.")
+    steps: int = Field(1000, ge=1, description="Rollout batches to train on.")
+    batch_prompts: int = Field(64, ge=1, description="Prompt groups per rollout batch.")
+    mini_batch_prompts: int = Field(16, ge=1, description="Prompt groups per optimizer update.")
+    epochs: int = Field(1, ge=1, description="Passes over a rollout batch.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens per forward pass.")
+    learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
+    warmup_updates: int = Field(10, ge=0, description="Linear warm-up, in optimizer updates; constant after.")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas.")
+    weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
+    max_staleness: int = Field(4, ge=0, description="Versions a rollout may lag; also bounds the tasks in flight.")
+    checkpoint_every: int = Field(10, ge=1, description="Steps between durable checkpoints; rollouts are kept till then.")
+    keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
+    host: str = Field("127.0.0.1", description="Address to serve on.")
+    port: Port = Field(8000, description="Port to serve on; 0 picks a free one.")
+
+    @model_validator(mode="after")
+    def _whole_mini_batches(self) -> LearnerConfig:
+        if self.mini_batch_prompts > self.batch_prompts:
+            raise ValueError(
+                f"mini_batch_prompts ({self.mini_batch_prompts}) exceeds batch_prompts ({self.batch_prompts}); lower it"
+            )
+        return self
+
+
+class WeightsConfig(Section):
+    """The learner's version store."""
+
+    publish_every: int = Field(1, ge=1, description="Steps between published versions.")
+    keep: int = Field(8, ge=2, description="Versions kept for download; older ones answer 410.")
+
+
+class EngineConfig(Section):
+    """The vLLM engine of an actor; `extra` goes to `AsyncEngineArgs` unchanged."""
+
+    max_model_len: int | None = Field(None, ge=8, description="Context length; unset: the model's own.")
+    max_num_seqs: int = Field(128, ge=1, description="Sequences decoded together.")
+    tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share one copy of the model.")
+    data_parallel_size: int = Field(1, ge=1, description="Copies of the model behind one actor.")
+    gpu_memory_utilization: Fraction = Field(0.9, description="Share of the GPU's memory for vLLM.")
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache size when vLLM runs on a CPU, in GiB.")
+    cpu_threads: str = Field("auto", description="Cores for vLLM on a CPU, as VLLM_CPU_OMP_THREADS_BIND takes them.")
+    extra: dict[str, Any] = Field(default_factory=dict, description="Any other AsyncEngineArgs field.")
+
+
+class ActorConfig(Section):
+    """An actor: where it finds the learner and how much it takes on."""
+
+    id: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Unset: host name and process id.")
+    learner_url: str = Field("http://127.0.0.1:8000", pattern=r"^https?://", description="Where the weights come from.")
+    host: str = Field("127.0.0.1", description="Address to serve on.")
+    port: Port = Field(8001, description="Port to serve on; 0 picks a free one.")
+    max_groups: int | None = Field(None, ge=1, description="Groups in flight; unset: what fills max_num_seqs, plus one.")
+    engine: EngineConfig = EngineConfig()
+
+
+class AuthConfig(Section):
+    """Bearer tokens by scope; with none set, only loopback addresses may be served."""
+
+    reader_token: SecretStr | None = Field(None, description="GET /v1/status and friends.")
+    actor_token: SecretStr | None = Field(None, description="Weight routes; also reads.")
+    operator_token: SecretStr | None = Field(None, description="Everything, the changing routes included.")
+
+
+class Config(BaseSettings):
+    """All settings of a run; frozen."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER
+    )
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig = RunConfig()
+    redis: RedisConfig = RedisConfig()
+    eval: EvalConfig = EvalConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    learner: LearnerConfig = LearnerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    actor: ActorConfig = ActorConfig()
+    auth: AuthConfig = AuthConfig()
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a TOML file, the environment and `key.path=value` overrides into one frozen `Config`.
+
+    Raises `ConfigError`, in one line, for a missing or broken file, an unknown key or a value out of bounds.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no config file at {path}; pass --config with the path of a TOML file")
+
+    class FileConfig(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    _refuse_unknown_variables()
+    try:
+        settings = FileConfig(**_parse_overrides(overrides))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; give lists and tables as JSON") from None
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {describe_validation_error(error)}") from None
+    return settings
+
+
+def describe_validation_error(error: ValidationError) -> str:
+    """Say what is wrong with each setting, in one line."""
+    faults = []
+    for detail in error.errors(include_url=False, include_context=False):
+        key = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            faults.append(f"unknown key '{key}'{_suggest(detail['loc'])}")
+        elif detail["type"] == "missing":
+            faults.append(f"'{key}' is not set; add it")
+        else:
+            faults.append(f"'{key}': {detail['msg']} (got {detail['input']!r})")
+    return "; ".join(faults)
+
+
+def _suggest(location: tuple[int | str, ...]) -> str:
+    fields: Any = Config.model_fields
+    for part in location[:-1]:
+        section = fields[str(part)].annotation if str(part) in fields else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return "; remove it"
+        fields = section.model_fields
+    close = difflib.get_close_matches(str(location[-1]), fields, n=1)
+    return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(fields)}"
+
+
+def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Turn `a.b=value` strings into a nested dict; values are TOML where they parse as TOML, else strings."""
+    tree: dict[str, Any] = {}
+    for text in overrides:
+        key, separator, raw = text.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"--set {text!r}: write it as section.key=value")
+        try:
+            value = tomllib.loads(f"value = {raw}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = raw
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"--set {text!r}: '{parent}' is already a value")
+        node[leaf] = value
+    return tree
+
+
+def _refuse_unknown_variables() -> None:
+    for name in os.environ:
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        section, _, key = name[len(ENV_PREFIX) :].lower().partition(ENV_DELIMITER)
+        field = Config.model_fields.get(section)
+        known = field is not None and (
+            not key or key.split(ENV_DELIMITER)[0] in getattr(field.annotation, "model_fields", {})
+        )
+        if not known:
+            raise ConfigError(
+                f"environment variable {name} names no setting; use {ENV_PREFIX}SECTION{ENV_DELIMITER}KEY or unset it"
+            )

@@ -1,0 +1,102 @@
+"""What travels between services: tasks and rollouts on Redis, and the version that names a policy.
+
+A `Task` asks for one group of completions of one prompt; a `RolloutGroup` answers it under the same uid. Per-sample
+arrays are stored flat, one after the other, with `lengths` to cut them apart, so a group is a handful of buffers
+however many samples it holds.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+
+IntArray = NDArray[np.int32]
+FloatArray = NDArray[np.float32]
+Purpose = Literal["train", "eval"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class PolicyVersion:
+    """Names one immutable set of weights: `run/epoch/step`; ordered by epoch, then step."""
+
+    epoch: int
+    step: int
+    run: str
+
+    _PATTERN = re.compile(r"([A-Za-z0-9._-]{1,64})/(\d{1,9})/(\d{1,9})")
+
+    def __str__(self) -> str:
+        return f"{self.run}/{self.epoch}/{self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> PolicyVersion:
+        """Read `run/epoch/step`; raises ValueError for anything else."""
+        match = cls._PATTERN.fullmatch(text)
+        if match is None:
+            raise ValueError(f"{text[:100]!r} is not a policy version; it reads run/epoch/step, such as demo/1/42")
+        return cls(run=match[1], epoch=int(match[2]), step=int(match[3]))
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task", forbid_unknown_fields=True):
+    """One prompt to sample a group for.
+
+    `index` counts the tasks of a purpose from 0 in dispatch order; `reward_inputs` are the data set's columns that the
+    reward function gets; temperature 0 is greedy.
+    """
+
+    uid: str
+    index: int
+    purpose: Purpose
+    prompt_ids: list[int]
+    group_size: int
+    max_tokens: int
+    temperature: float
+    seed: int
+    reward_inputs: dict[str, Any]
+    schema: int = SCHEMA_VERSION
+
+
+class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
+    """`length` consecutive tokens sampled by one policy version."""
+
+    version: str
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
+class RolloutGroup:
+    """A task's scored completions with the log-probs they were sampled with.
+
+    Shapes: prompt_ids [P]; lengths, rewards, failed [G]; token_ids, behavior_logprobs [sum(lengths)]; spans holds, per
+    sample, the run-length policy versions of its tokens. Log-probs are in nats, at the task's temperature.
+    """
+
+    uid: str
+    actor: str
+    purpose: Purpose
+    temperature: float
+    prompt_ids: IntArray
+    lengths: IntArray
+    token_ids: IntArray
+    behavior_logprobs: FloatArray
+    rewards: FloatArray
+    failed: NDArray[np.bool_]
+    finish_reasons: tuple[FinishReason, ...]
+    spans: tuple[tuple[VersionSpan, ...], ...]
+    schema: int = SCHEMA_VERSION
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def offsets(self) -> IntArray:
+        """[G + 1] int32: sample i's tokens are `token_ids[offsets[i]:offsets[i + 1]]`."""
+        return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
