@@ -2,7 +2,8 @@
 
     settings = load_config(Path("my.toml"), overrides=["learner.learning_rate=1e-5"])
 
-Precedence: `--set` > environment (`ASPO_LEARNER__LEARNING_RATE=1e-5`) > TOML > defaults. Unknown keys are refused.
+Precedence: `--set` > environment (`ASPO_LEARNER__LEARNING_RATE=1e-5`) > TOML > defaults. Unknown keys are
+refused.
 """
 
 from __future__ import annotations
@@ -23,14 +24,17 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from aspo.errors import AspoError
+
 ENV_PREFIX = "ASPO_"
 ENV_DELIMITER = "__"
+TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the services
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-class ConfigError(ValueError):
+class ConfigError(AspoError, ValueError):
     """A setting that the user must mend; its text is one line that says which and how."""
 
 
@@ -43,7 +47,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What is being run and where it is kept."""
 
-    name: str = Field("default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Names versions, keys and folders.")
+    name: str = Field(
+        "default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Names versions, keys and folders."
+    )
     dir: Path = Field(Path("runs"), description="Parent folder of the run's folder.")
     seed: int = Field(0, ge=0, description="Seeds data order, the learner and the sampling of every task.")
 
@@ -57,7 +63,9 @@ class RedisConfig(Section):
     """The queue between actors and learner."""
 
     url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// URL.")
-    task_lease_s: float = Field(120.0, gt=0, description="A task not renewed for so long goes to another actor.")
+    task_lease_s: float = Field(
+        120.0, gt=0, description="A task not renewed for so long goes to another actor."
+    )
     max_entry_mib: int = Field(64, ge=1, le=512, description="Largest rollout group accepted, in MiB.")
 
 
@@ -66,14 +74,17 @@ class ModelConfig(Section):
 
     path: str = Field(..., min_length=1, description="Model folder or hub name to start from.")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "bfloat16", description="Type in which weights are published and actors run; the learner keeps fp32 masters."
+        "bfloat16",
+        description="Type in which weights are published and actors run; the learner keeps fp32 masters.",
     )
 
 
 class DataConfig(Section):
     """Where prompts come from and which columns mean what."""
 
-    path: str = Field(..., min_length=1, description="A .jsonl, .json, .parquet or .csv file, or a HF dataset name.")
+    path: str = Field(
+        ..., min_length=1, description="A .jsonl, .json, .parquet or .csv file, or a HF dataset name."
+    )
     split: str = Field("train", description="Split to read.")
     prompt_column: str = Field("prompt", description="A string, or a list of chat messages.")
     reward_columns: tuple[str, ...] = Field(("answer",), description="Columns handed to the reward function.")
@@ -96,7 +107,7 @@ class EvalConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How actors sample; top-p, top-k and penalties are off, for they would falsify the behaviour log-probs."""
+    """How actors sample; top-p, top-k and penalties are off: they would falsify the behaviour log-probs."""
 
     group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
     max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
@@ -107,7 +118,9 @@ class RewardConfig(Section):
     """Who scores a completion."""
 
     function: str = Field(
-        "aspo_actor.rewards:exact_match", pattern=r"^[\w.]+:\w+$", description="Import path `module:function`."
+        "aspo_actor.rewards:exact_match",
+        pattern=r"^[\w.]+:\w+$",
+        description="Import path `module:function`.",
     )
     timeout_s: float = Field(10.0, gt=0, description="A slower call scores the sample as failed.")
     failed_score: float = Field(0.0, description="Reward of a sample whose scoring failed.")
@@ -115,27 +128,34 @@ class RewardConfig(Section):
 
 
 class LossConfig(Section):
-    """The objective; see docs/concepts.md for the ratios."""
+    """The objective; see docs/concepts.md for the ratios. What is unset takes the loss's own default."""
 
     name: Literal["aspo", "no-is", "response-mean", "ratio", "grpo", "dapo", "cispo", "gspo"] = Field(
         "aspo", description="ASPO, its ablations, or a peer's loss on the same interface."
     )
-    eps_low: float = Field(0.2, ge=0, lt=1, description="Hard clip of negative-advantage tokens: r >= 1 - eps_low.")
-    eps_high: float = Field(0.2, ge=0, description="Hard clip of positive-advantage tokens: r <= 1 + eps_high.")
-    dual_clip_pos: float = Field(3.0, gt=1, description="Soft cap of the weight of positive tokens.")
-    dual_clip_neg: float = Field(3.0, gt=1, description="Soft cap of the weight of negative tokens.")
-    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = Field(
-        "token-mean", description="Over the whole mini-batch, whatever the micro-batches."
+    eps_low: float | None = Field(
+        None, ge=0, le=1, description="Hard clip of negative tokens: r >= 1 - eps_low."
+    )
+    eps_high: float | None = Field(None, ge=0, description="Hard clip of positive tokens: r <= 1 + eps_high.")
+    dual_clip_pos: float | None = Field(None, gt=1, description="Soft cap of the weight of positive tokens.")
+    dual_clip_neg: float | None = Field(None, gt=1, description="Soft cap of the weight of negative tokens.")
+    aggregation: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] | None = Field(
+        None, description="Over the whole mini-batch, whatever the micro-batches."
     )
     ratio_reference: Literal["behavior", "proximal"] = Field(
-        "behavior", description="Denominator of r: the sampler's own log-probs, or a recompute at the batch's start."
+        "behavior",
+        description="Denominator of r: the sampler's own log-probs, or a recompute at the batch's start.",
     )
     behavior_correction: Literal["truncate", "mask", "none"] = Field(
         "truncate", description="Weight by s = proximal/behavior; only with ratio_reference = 'proximal'."
     )
     correction_level: Literal["token", "sequence"] = Field("token", description="Granularity of s.")
-    entropy_split_clip: bool = Field(False, description="Reference code's 0.2/0.4 clip split by token entropy.")
-    kl_coefficient: float = Field(0.0, ge=0, description="K3 KL to the initial policy; > 0 loads a reference model.")
+    entropy_split_clip: bool = Field(
+        False, description="Reference code's 0.2/0.4 clip split by token entropy."
+    )
+    kl_coefficient: float = Field(
+        0.0, ge=0, description="K3 KL to the initial policy; > 0 loads a reference model."
+    )
 
 
 class LearnerConfig(Section):
@@ -153,8 +173,12 @@ class LearnerConfig(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
-    max_staleness: int = Field(4, ge=0, description="Versions a rollout may lag; also bounds the tasks in flight.")
-    checkpoint_every: int = Field(10, ge=1, description="Steps between durable checkpoints; rollouts are kept till then.")
+    max_staleness: int = Field(
+        4, ge=0, description="Versions a rollout may lag; also bounds the tasks in flight."
+    )
+    checkpoint_every: int = Field(
+        10, ge=1, description="Steps between durable checkpoints; rollouts are kept till then."
+    )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8000, description="Port to serve on; 0 picks a free one.")
@@ -163,7 +187,8 @@ class LearnerConfig(Section):
     def _whole_mini_batches(self) -> LearnerConfig:
         if self.mini_batch_prompts > self.batch_prompts:
             raise ValueError(
-                f"mini_batch_prompts ({self.mini_batch_prompts}) exceeds batch_prompts ({self.batch_prompts}); lower it"
+                f"mini_batch_prompts ({self.mini_batch_prompts}) exceeds batch_prompts "
+                f"({self.batch_prompts}); lower it"
             )
         return self
 
@@ -184,18 +209,26 @@ class EngineConfig(Section):
     data_parallel_size: int = Field(1, ge=1, description="Copies of the model behind one actor.")
     gpu_memory_utilization: Fraction = Field(0.9, description="Share of the GPU's memory for vLLM.")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache size when vLLM runs on a CPU, in GiB.")
-    cpu_threads: str = Field("auto", description="Cores for vLLM on a CPU, as VLLM_CPU_OMP_THREADS_BIND takes them.")
+    cpu_threads: str = Field(
+        "auto", description="Cores for vLLM on a CPU, as VLLM_CPU_OMP_THREADS_BIND takes them."
+    )
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other AsyncEngineArgs field.")
 
 
 class ActorConfig(Section):
     """An actor: where it finds the learner and how much it takes on."""
 
-    id: str | None = Field(None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Unset: host name and process id.")
-    learner_url: str = Field("http://127.0.0.1:8000", pattern=r"^https?://", description="Where the weights come from.")
+    id: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Unset: host name and process id."
+    )
+    learner_url: str = Field(
+        "http://127.0.0.1:8000", pattern=r"^https?://", description="Where the weights come from."
+    )
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8001, description="Port to serve on; 0 picks a free one.")
-    max_groups: int | None = Field(None, ge=1, description="Groups in flight; unset: what fills max_num_seqs, plus one.")
+    max_samples: int | None = Field(
+        None, ge=1, description="Completions in flight; unset: max_num_seqs and one group more."
+    )
     engine: EngineConfig = EngineConfig()
 
 
@@ -308,7 +341,7 @@ def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 def _refuse_unknown_variables() -> None:
     for name in os.environ:
-        if not name.upper().startswith(ENV_PREFIX):
+        if not name.upper().startswith(ENV_PREFIX) or name == TOKEN_VARIABLE:
             continue
         section, _, key = name[len(ENV_PREFIX) :].lower().partition(ENV_DELIMITER)
         field = Config.model_fields.get(section)
@@ -317,5 +350,6 @@ def _refuse_unknown_variables() -> None:
         )
         if not known:
             raise ConfigError(
-                f"environment variable {name} names no setting; use {ENV_PREFIX}SECTION{ENV_DELIMITER}KEY or unset it"
+                f"environment variable {name} names no setting; "
+                f"use {ENV_PREFIX}SECTION{ENV_DELIMITER}KEY or unset it"
             )

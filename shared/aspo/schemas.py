@@ -1,8 +1,8 @@
 """What travels between services: tasks and rollouts on Redis, and the version that names a policy.
 
-A `Task` asks for one group of completions of one prompt; a `RolloutGroup` answers it under the same uid. Per-sample
-arrays are stored flat, one after the other, with `lengths` to cut them apart, so a group is a handful of buffers
-however many samples it holds.
+A `Task` asks for one group of completions of one prompt; a `RolloutGroup` answers it under the same uid.
+Per-sample arrays are stored flat, one after the other, with `lengths` to cut them apart, so a group is a
+handful of buffers however many samples it holds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class PolicyVersion:
     step: int
     run: str
 
-    _PATTERN = re.compile(r"([A-Za-z0-9._-]{1,64})/(\d{1,9})/(\d{1,9})")
+    _PATTERN = re.compile(r"([A-Za-z0-9._-]{1,64})/(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")
 
     def __str__(self) -> str:
         return f"{self.run}/{self.epoch}/{self.step}"
@@ -41,15 +41,18 @@ class PolicyVersion:
         """Read `run/epoch/step`; raises ValueError for anything else."""
         match = cls._PATTERN.fullmatch(text)
         if match is None:
-            raise ValueError(f"{text[:100]!r} is not a policy version; it reads run/epoch/step, such as demo/1/42")
+            raise ValueError(
+                f"{text[:100]!r} is not a policy version; it reads run/epoch/step, such as demo/1/42"
+            )
         return cls(run=match[1], epoch=int(match[2]), step=int(match[3]))
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task", forbid_unknown_fields=True):
     """One prompt to sample a group for.
 
-    `index` counts the tasks of a purpose from 0 in dispatch order; `reward_inputs` are the data set's columns that the
-    reward function gets; temperature 0 is greedy.
+    `index` counts the tasks of a purpose from 0 in dispatch order; `reward_inputs` are the data set's columns
+    that the reward function gets; temperature 0 is greedy; an actor older than `min_version` updates itself
+    first.
     """
 
     uid: str
@@ -59,8 +62,9 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task", forbid_unknown
     group_size: int
     max_tokens: int
     temperature: float
-    seed: int
     reward_inputs: dict[str, Any]
+    seed: int | None = None
+    min_version: str | None = None
     schema: int = SCHEMA_VERSION
 
 
@@ -75,8 +79,9 @@ class VersionSpan(msgspec.Struct, frozen=True, array_like=True):
 class RolloutGroup:
     """A task's scored completions with the log-probs they were sampled with.
 
-    Shapes: prompt_ids [P]; lengths, rewards, failed [G]; token_ids, behavior_logprobs [sum(lengths)]; spans holds, per
-    sample, the run-length policy versions of its tokens. Log-probs are in nats, at the task's temperature.
+    Shapes: prompt_ids [P]; lengths, rewards, failed [G]; token_ids, behavior_logprobs [sum(lengths)]; spans
+    holds, per sample, the run-length policy versions of its tokens. Log-probs are in nats, at the task's
+    temperature.
     """
 
     uid: str

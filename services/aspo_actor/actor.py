@@ -1,0 +1,173 @@
+"""An actor's life: fetch the latest version, start the engine, then sample and follow the weights.
+
+asyncio.run(Actor(config).run())
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+
+import redis
+from aspo.config import Config
+from aspo.http import Server, listen
+from aspo.presence import ActorStatus, announce, withdraw
+from aspo.queue import connect
+from aspo.telemetry import ACTOR_METRICS, Gauges
+from aspo.weights.client import WeightClient
+from aspo.weights.manifest import Manifest, WeightsError
+
+from aspo_actor.app import build_app
+from aspo_actor.engine import RolloutEngine
+from aspo_actor.rewards.scorer import Scorer
+from aspo_actor.weight_sync import WeightSync
+from aspo_actor.worker import Worker
+
+log = logging.getLogger(__name__)
+HEARTBEAT_S = 1.0
+TIME_TO_LIVE_S = 10.0
+GRACE_S = 20.0
+_CALL_TIMEOUT_S = 300.0
+
+
+class Actor:
+    """One actor process; `run` returns after a drain and raises on a fault it cannot mend."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.id = config.actor.id or f"{socket.gethostname()}-{os.getpid()}"
+        self._redis = connect(config.redis.url)
+        self._listener = listen(config.actor.host, config.actor.port, config.auth)
+        self._folder = config.run.path / "actors" / self.id
+        self._gauges = Gauges("actor", ACTOR_METRICS)
+        self._state = "starting"
+        self._engine: RolloutEngine | None = None
+        self._worker: Worker | None = None
+        self._sync: WeightSync | None = None
+        self._scorer: Scorer | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leave = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until drained by SIGTERM, SIGINT or POST /v1/drain."""
+        self._loop = asyncio.get_running_loop()
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(signum, self._leave.set)
+        token = self._config.auth.actor_token
+        client = WeightClient(
+            self._config.actor.learner_url,
+            self._folder / "blobs",
+            token=token.get_secret_value() if token else None,
+        )
+        with Server(build_app(self, self._gauges, self._config.auth), self._listener) as server:
+            log.info("actor %s of run %s serves on %s", self.id, self._config.run.name, server.url)
+            beating = asyncio.create_task(self._heartbeat(server.url))
+            try:
+                async with client:
+                    await self._serve(client)
+            finally:
+                beating.cancel()
+                await asyncio.to_thread(withdraw, self._redis, self._config.run.name, self.id)
+
+    def status(self) -> ActorStatus:
+        """A snapshot for `/v1/status` and the heartbeat; safe from any thread."""
+        status = ActorStatus(id=self.id, run=self._config.run.name, url="", state=self._state, version="")
+        if self._engine and self._worker and self._sync and self._scorer:
+            status.version = self._engine.version
+            status.groups, status.groups_in_flight = self._worker.groups, self._worker.in_flight
+            status.tokens, status.tokens_per_second = self._worker.tokens, self._worker.tokens_per_second
+            status.weight_syncs = self._sync.stats.syncs
+            status.weight_pull_seconds = self._sync.stats.pull_seconds
+            status.weight_pause_seconds = self._sync.stats.pause_seconds
+            status.reward_failures = self._scorer.failures
+        return status
+
+    def not_ready(self) -> str | None:
+        """Why the actor cannot sample now, None if it can."""
+        if self._engine is None or self._state != "sampling":
+            return f"the actor is {self._state}"
+        return None if self._engine.healthy else "the engine is unhealthy"
+
+    def sync_now(self) -> str:
+        """Pull and apply the latest version; called from the HTTP thread."""
+        if self._sync is None or self._loop is None:
+            raise WeightsError(f"the actor is {self._state}")
+        return asyncio.run_coroutine_threadsafe(self._sync.sync_once(), self._loop).result(_CALL_TIMEOUT_S)
+
+    def start_drain(self) -> None:
+        """Begin to leave; called from the HTTP thread."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._leave.set)
+
+    async def _serve(self, client: WeightClient) -> None:
+        leaving = asyncio.create_task(self._leave.wait())
+        with Scorer(self._config.reward, self._config.data.reward_columns) as scorer:
+            self._scorer = scorer
+            starting = asyncio.create_task(self._start_engine(client))
+            await asyncio.wait({leaving, starting}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                starting.cancel()
+                return
+            engine = starting.result()
+            try:
+                await self._work(client, engine, scorer, leaving)
+            finally:
+                self._state = "leaving"
+                await engine.close()
+
+    async def _work(
+        self, client: WeightClient, engine: RolloutEngine, scorer: Scorer, leaving: asyncio.Task[bool]
+    ) -> None:
+        """Work and follow the weights; whichever of them fails ends the actor with its error."""
+        self._sync = WeightSync(client, engine)
+        self._worker = Worker(self._config, self.id, self._redis, engine, scorer, self._sync)
+        self._engine, self._state = engine, "sampling"
+        following = asyncio.create_task(self._sync.run())
+        working = asyncio.create_task(self._worker.run())
+        done, _ = await asyncio.wait({leaving, following, working}, return_when=asyncio.FIRST_COMPLETED)
+        self._state = "draining"
+        failed = done - {leaving}
+        await self._worker.drain(0.0 if failed else GRACE_S)
+        following.cancel()
+        working.cancel()
+        for job in failed:
+            job.result()
+
+    async def _start_engine(self, client: WeightClient) -> RolloutEngine:
+        manifest = await self._first_version(client)
+        self._state = f"loading {manifest.version}"
+        model = await client.export(manifest, self._folder / "model")
+        engine = await RolloutEngine.start(
+            model,
+            self._config.model.dtype,
+            self._config.actor.engine,
+            version=manifest.version,
+            seed=self._config.run.seed,
+        )
+        log.info("engine runs %s", manifest.version)
+        return engine
+
+    async def _first_version(self, client: WeightClient) -> Manifest:
+        self._state = "waiting for the learner"
+        while True:
+            try:
+                manifest = await client.latest(wait_s=5)
+                if manifest is not None:
+                    return manifest
+            except WeightsError as error:
+                log.warning("waiting for the learner: %s", error)
+
+    async def _heartbeat(self, url: str) -> None:
+        while True:
+            status = self.status().model_copy(update={"url": url})
+            numbers = status.model_dump(include=set(ACTOR_METRICS) & set(ActorStatus.model_fields))
+            step = int(status.version.rpartition("/")[2]) if status.version else -1
+            self._gauges.set(numbers | {"weight_step": step})
+            try:
+                await asyncio.to_thread(announce, self._redis, status, ttl_s=TIME_TO_LIVE_S)
+            except redis.RedisError as error:
+                log.warning("Redis: %s; not announced", error)
+            await asyncio.sleep(HEARTBEAT_S)

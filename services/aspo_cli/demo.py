@@ -1,0 +1,204 @@
+"""`aspo demo`: the whole service on one machine's CPU, from an empty folder to a model that can add."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from aspo.errors import AspoError
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from aspo_cli import demo_model, status
+from aspo_cli.demo_task import MAX_COMPLETION_TOKENS
+from aspo_cli.processes import PartFailed, Processes, free_port, redis_command, wait_for_port
+
+FAILED = 1
+INTERRUPTED = 130
+TARGET_ACCURACY = 0.93
+CONFIG = """\
+# The demo is one config among others; see README.md for what the keys mean.
+[run]
+name = {name}
+dir = {runs}
+seed = {seed}
+
+[redis]
+url = "redis://127.0.0.1:{redis_port}/0"
+
+[model]
+path = {model}
+dtype = "float32"
+
+[data]
+path = {train}
+
+[eval]
+path = {held_out}
+every = 5
+max_prompts = 256
+stop_accuracy = {target}
+
+[sampling]
+group_size = 8
+max_tokens = {max_tokens}
+temperature = 1.0
+
+[reward]
+function = "aspo_cli.demo_task:correct_sum"
+concurrency = 1
+
+[loss]
+name = "aspo"
+ratio_reference = "behavior"
+
+[learner]
+threads = {learner_threads}
+port = {learner_port}
+steps = 400
+batch_prompts = 32
+mini_batch_prompts = 32
+learning_rate = 1e-4
+warmup_updates = 10
+betas = [0.9, 0.99]
+weight_decay = 0.0
+micro_batch_tokens = 4096
+max_staleness = 4
+
+[actor]
+learner_url = "http://127.0.0.1:{learner_port}"
+port = 0
+id = "actor-0"
+
+[actor.engine]
+max_num_seqs = 128
+cpu_kv_cache_gib = 0.5
+"""
+
+
+def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
+    """Run the demo and return the exit code."""
+    console = Console()
+    folder = _fresh_folder(runs / name, console)
+    try:
+        config = _prepare(folder, seed, console)
+        with Processes(folder / "logs") as parts:
+            _start(parts, folder, config, overrides)
+            _watch(parts, config, console)
+    except KeyboardInterrupt:
+        console.print("\ninterrupted; everything is stopped", style="yellow")
+        return INTERRUPTED
+    except PartFailed as error:
+        console.print(Text(f"aspo demo: {error}", style="red"))
+        return FAILED
+    _print_summary(folder, console)
+    return 0
+
+
+def _fresh_folder(folder: Path, console: Console) -> Path:
+    """Make the run's folder; a former run of that name is moved aside, not lost."""
+    if folder.exists():
+        number = next(i for i in range(1, sys.maxsize) if not folder.with_name(f"{folder.name}.{i}").exists())
+        aside = folder.rename(folder.with_name(f"{folder.name}.{number}"))
+        console.print(f"[dim]the former run is now {aside}[/dim]")
+    folder.mkdir(parents=True)
+    return folder.resolve()
+
+
+def _prepare(folder: Path, seed: int, console: Console) -> dict[str, Any]:
+    """Write problems, warm-started model and config; returns what the other steps need to know."""
+    cores = os.cpu_count() or 1
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        writing = progress.add_task("Writing problems", total=1)
+        demo_model.write_problems(folder, seed)
+        progress.advance(writing)
+        warming = progress.add_task("Warm-starting a 0.7 M Qwen3", total=demo_model.WARM_STEPS)
+
+        def on_step(step: int, loss: float) -> None:
+            progress.update(warming, completed=step, description=f"Warm-starting a Qwen3, loss {loss:.3f}")
+
+        demo_model.make_model(folder / "initial-model", seed, on_step)
+    ports = {"redis_port": free_port(), "learner_port": free_port()}
+    paths = {"model": "initial-model", "train": "train.jsonl", "held_out": "held_out.jsonl"}
+    text = CONFIG.format(
+        name=json.dumps(folder.name),
+        runs=json.dumps(str(folder.parent)),
+        seed=seed,
+        target=TARGET_ACCURACY,
+        max_tokens=MAX_COMPLETION_TOKENS,
+        learner_threads=max(1, cores // 2),
+        **{key: json.dumps(str(folder / file)) for key, file in paths.items()},
+        **ports,
+    )
+    (folder / "config.toml").write_text(text)
+    return ports
+
+
+def _start(parts: Processes, folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
+    parts.start("redis", redis_command(folder / "redis", config["redis_port"]))
+    if not wait_for_port(config["redis_port"], 10.0):
+        raise PartFailed(f"redis-server does not answer; its log:\n{parts.tail('redis')}")
+    flags = ["--config", str(folder / "config.toml")]
+    flags += [part for override in overrides for part in ("--set", override)]
+    for name in ("learner", "actor"):
+        parts.start(name, [sys.executable, "-m", "aspo_cli", name, *flags])
+
+
+def _watch(parts: Processes, config: dict[str, Any], console: Console) -> None:
+    """Show the learner's status until it is done."""
+    url = f"http://127.0.0.1:{config['learner_port']}"
+    started = time.monotonic()
+    seen: dict[str, Any] | None = None
+    with Live(console=console, refresh_per_second=4) as live:
+        while not parts.finished("learner"):
+            with contextlib.suppress(AspoError):  # not up yet, or just done: the parts' own exits decide
+                seen = status.fetch_status(url)
+            live.update(_view(seen, time.monotonic() - started, url))
+            time.sleep(0.5)
+
+
+def _view(seen: dict[str, Any] | None, elapsed: float, url: str) -> Group:
+    if seen is None:
+        return Group(Text(f"starting Redis, learner and vLLM actor ({elapsed:.0f} s)"))
+    accuracy = seen["accuracy"] or 0.0
+    bar = Progress(
+        TextColumn("held-out accuracy"), BarColumn(60), TextColumn("{task.completed:.2f} of {task.total:.2f}")
+    )
+    shown = bar.add_task("", total=TARGET_ACCURACY)
+    bar.update(shown, completed=min(accuracy, TARGET_ACCURACY))
+    return Group(
+        status.render(seen), bar, Text(f"{elapsed:.0f} s   {url}/docs   Ctrl-C stops it", style="dim")
+    )
+
+
+def _print_summary(folder: Path, console: Console) -> None:
+    summary = json.loads((folder / "summary.json").read_text())
+    table = Table(title="The demo's result", title_justify="left", show_header=False)
+    before, after = summary["accuracy_before"], summary["accuracy_after"]
+    rows = {
+        "held-out greedy accuracy": f"{_share(before)} → {_share(after)}",
+        "steps / rollouts / tokens": f"{summary['steps']} / {summary['rollouts']:,} / {summary['tokens']:,}",
+        "seconds": f"{summary['seconds']:.0f}",
+        "staleness, mean / max": f"{summary['staleness_mean']:.2f} / {summary['staleness_max']:.0f} versions",
+        "weight syncs": str(summary["weight_syncs"]),
+        "learner waited": f"{summary['learner_idle_fraction']:.0%} of the steady state",
+        "curves": str(folder / "curves.png"),
+        "summary": str(folder / "summary.json"),
+        "model (from_pretrained, vLLM)": summary["model"],
+    }
+    for name, value in rows.items():
+        table.add_row(name, Text(value))
+    console.print(table)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

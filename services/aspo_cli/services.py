@@ -1,0 +1,48 @@
+"""Running a learner or an actor in the foreground."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aspo.config import load_config
+from aspo.telemetry import setup_logging
+
+log = logging.getLogger(__name__)
+
+
+def run_learner(path: Path, overrides: list[str]) -> None:
+    """Train to the end; a SIGTERM or SIGINT ends the run after the current step, a second one at once."""
+    setup_logging()
+    config = load_config(path, overrides)
+    from aspo_learner.learner import Learner
+
+    learner = Learner(config)
+
+    def stop(signum: int, frame: object) -> None:
+        if learner.controls.stop.is_set():
+            sys.exit(128 + signum)
+        log.info("stopping after this step; once more stops at once")
+        learner.controls.stop.set()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    learner.run()
+
+
+def run_actor(path: Path, overrides: list[str]) -> None:
+    """Sample until told to leave by SIGTERM or SIGINT."""
+    setup_logging()
+    # Reward functions named in the config may lie in the folder the command is run from.
+    sys.path.insert(0, os.getcwd())
+    config = load_config(path, overrides)
+    from aspo_actor.actor import Actor
+
+    async def main() -> None:
+        await Actor(config).run()
+
+    asyncio.run(main())

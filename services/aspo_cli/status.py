@@ -1,0 +1,123 @@
+"""`aspo status`: the learner's status as a table, once or live."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from aspo.config import ConfigError
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+REFRESH_S = 1.0
+Status = dict[str, Any]
+
+
+class LearnerUnreachable(ConfigError):
+    """No learner answers at the URL."""
+
+
+def fetch_status(url: str, token: str | None = None, timeout_s: float = 5.0) -> Status:
+    """GET /v1/status; raises LearnerUnreachable, or ConfigError for a refused token."""
+    request = urllib.request.Request(f"{url.rstrip('/')}/v1/status")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            status: Status = json.load(response)
+            return status
+    except urllib.error.HTTPError as error:
+        raise ConfigError(f"{url} answered {error.code}; pass --token or set ASPO_TOKEN") from None
+    except (OSError, ValueError) as error:
+        raise LearnerUnreachable(
+            f"no learner answers at {url} ({error}); start one or pass --learner URL"
+        ) from None
+
+
+def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> None:
+    """Print the status; with `watch`, refresh it until Ctrl-C."""
+    console = Console()
+    status = fetch_status(url, token)
+    if as_json:
+        console.print_json(data=status)
+        return
+    if not watch:
+        console.print(render(status))
+        return
+    with Live(render(status), console=console, auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(REFRESH_S)
+                try:
+                    live.update(render(fetch_status(url, token)), refresh=True)
+                except LearnerUnreachable as error:
+                    live.update(Group(render(status), Text(str(error), style="red")), refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+def render(status: Status) -> Group:
+    """The status as a table of the run and one of its actors."""
+    return Group(_run_table(status), _actor_table(status["actors"]))
+
+
+def _run_table(status: Status) -> Table:
+    metrics = status["metrics"]
+    mean, worst = _number(metrics.get("staleness_mean"), 1), _number(metrics.get("staleness_max"), 0)
+    tasks, groups = _number(metrics.get("queue_tasks"), 0), _number(metrics.get("queue_rollouts"), 0)
+    table = Table(title=f"run {status['run']}: {status['phase']}", title_justify="left", title_style="bold")
+    cells = {
+        "step": f"{status['step']}/{status['steps']}",
+        "version": status["version"] or "-",
+        "reward": _number(metrics.get("reward"), 3),
+        "accuracy": f"{_number(status['accuracy_before'], 3)} → {_number(status['accuracy'], 3)}",
+        "entropy": _number(metrics.get("entropy"), 3),
+        "staleness": f"{mean} (max {worst})",
+        "ratio": f"{_number(metrics.get('ratio_p01'), 2)}..{_number(metrics.get('ratio_p99'), 2)}",
+        "queue": f"{tasks} tasks, {groups} groups",
+        "learner idle": f"{status['idle_fraction']:.0%}",
+    }
+    for name in cells:
+        table.add_column(name, justify="right")
+    table.add_row(*cells.values())
+    return table
+
+
+def _actor_table(actors: list[Status]) -> Table | Text:
+    if not actors:
+        return Text("no actor is alive; start one with: aspo actor --config FILE", style="yellow")
+    table = Table()
+    for name in (
+        "actor",
+        "state",
+        "version",
+        "tokens/s",
+        "groups",
+        "in flight",
+        "syncs",
+        "pause ms",
+        "reward failures",
+    ):
+        table.add_column(name, justify="left" if name in ("actor", "state", "version") else "right")
+    for actor in actors:
+        table.add_row(
+            Text(actor["id"]),
+            Text(actor["state"]),
+            actor["version"] or "-",
+            f"{actor['tokens_per_second']:,.0f}",
+            f"{actor['groups']:,}",
+            str(actor["groups_in_flight"]),
+            str(actor["weight_syncs"]),
+            f"{actor['weight_pause_seconds'] * 1000:.0f}",
+            str(actor["reward_failures"]),
+        )
+    return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,119 @@
+"""Durable checkpoints: weights, optimizer, random states, ledger and cursor, whole or not at all.
+
+A checkpoint is a folder `step-N`: safetensors and JSON with their digests, written beside, synced and
+renamed. Loading verifies every digest first and falls back to the newest checkpoint that is intact.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from blake3 import blake3
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+_DIGESTS = "digests.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> Path:
+        """Write a checkpoint durably and drop those beyond the newest `keep`; `state` is JSON data."""
+        target = self._folder / f"step-{step:08}"
+        partial = self._folder / f".partial-{step:08}"
+        for leftover in (target, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir()
+        safetensors.torch.save_file(dict(model.named_parameters()), partial / "model.safetensors")
+        safetensors.torch.save_file(_flatten(optimizer, model), partial / "optimizer.safetensors")
+        state = state | {
+            "step": step,
+            "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        }
+        (partial / "state.json").write_text(json.dumps(state))
+        digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
+        (partial / _DIGESTS).write_text(json.dumps(digests))
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        os.replace(partial, target)
+        _sync(self._folder)
+        for old in self._all()[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+        """Restore the newest intact checkpoint in place and return its state; None if there is none."""
+        for folder in reversed(self._all()):
+            fault = _fault(folder)
+            if fault:
+                log.error("checkpoint %s is damaged (%s); trying the one before", folder.name, fault)
+                continue
+            with torch.no_grad():
+                saved = safetensors.torch.load_file(folder / "model.safetensors")
+                for name, parameter in model.named_parameters():
+                    parameter.copy_(saved[name])
+            _unflatten(safetensors.torch.load_file(folder / "optimizer.safetensors"), optimizer, model)
+            state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+            rng = bytearray(base64.b64decode(state.pop("torch_rng")))
+            torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+            return state
+        return None
+
+    def _all(self) -> list[Path]:
+        return sorted(self._folder.glob("step-*"))
+
+
+def _fault(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint's files, None if they are as written."""
+    try:
+        digests = json.loads((folder / _DIGESTS).read_text())
+        for name, digest in digests.items():
+            if _digest(folder / name) != digest:
+                return f"{name} does not match its digest"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}|{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def _unflatten(saved: dict[str, Tensor], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    for name, value in saved.items():
+        parameter, _, key = name.rpartition("|")
+        device = "cpu" if key == "step" else parameters[parameter].device
+        optimizer.state[parameters[parameter]][key] = value.to(device)
+
+
+def _digest(path: Path) -> str:
+    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,144 @@
+"""Rollouts in: decode, validate, dedupe, admit; what ends is acknowledged only by a checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aspo.codec import CodecError, decode_group, validate_group
+from aspo.queue import Delivery, RolloutReader
+from aspo.schemas import PolicyVersion, RolloutGroup
+
+from aspo_learner.batching import staleness_of
+from aspo_learner.dispatcher import task_index
+from aspo_learner.ledger import Ledger
+
+log = logging.getLogger(__name__)
+_READ_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a rollout group must keep to; sizes in tokens, entries in bytes."""
+
+    run: str
+    vocab_size: int
+    max_tokens: int
+    max_prompt_tokens: int
+    max_entry_bytes: int
+    max_staleness: int
+
+
+class Intake:
+    """Turns deliveries into batches of fresh, valid, unseen rollout groups.
+
+    `on_eval` gets the groups of evaluation tasks; `ended` counts, by reason, the groups not trained on.
+    """
+
+    def __init__(
+        self, reader: RolloutReader, ledger: Ledger, limits: Limits, on_eval: Callable[[RolloutGroup], None]
+    ) -> None:
+        self._reader, self._ledger, self._limits, self._on_eval = reader, ledger, limits, on_eval
+        self._ready: deque[tuple[int, RolloutGroup]] = deque()
+        self._held: set[int] = set()
+        self._deliveries: dict[int, Delivery] = {}
+        self._done: list[Delivery] = []
+        self.ended: Counter[str] = Counter()
+        self.tokens = 0
+        self.groups = 0
+
+    @property
+    def ready(self) -> int:
+        """Groups waiting in memory."""
+        return len(self._ready)
+
+    def pump(self, current: PolicyVersion, wait_s: float) -> int:
+        """Read what has arrived, waiting up to `wait_s` seconds; returns how many rollouts came."""
+        deliveries = self._reader.read(count=_READ_AT_ONCE, block_ms=max(1, int(wait_s * 1000)))
+        if not deliveries and not self._reader.streams:
+            time.sleep(min(wait_s, 0.05))
+        for delivery in deliveries:
+            self._receive(delivery, current)
+        return len(deliveries)
+
+    def take(self, count: int, current: PolicyVersion) -> list[RolloutGroup] | None:
+        """Give `count` groups within the staleness bound, oldest first; None while there are too few."""
+        self._drop_stale(current)
+        self._ready = deque(sorted(self._ready, key=lambda item: item[0]))
+        if len(self._ready) < count:
+            return None
+        batch = []
+        for _ in range(count):
+            index, group = self._ready.popleft()
+            self._end(index)
+            batch.append(group)
+        return batch
+
+    def acknowledge(self) -> None:
+        """Give up everything that has ended; call it once a durable checkpoint holds the ledger."""
+        self._reader.acknowledge(self._done)
+        self._done = []
+
+    def _receive(self, delivery: Delivery, current: PolicyVersion) -> None:
+        group: RolloutGroup | None = None
+        reason: str | None
+        try:
+            group = decode_group(delivery.payload, max_bytes=self._limits.max_entry_bytes)
+            reason = validate_group(
+                group,
+                vocab_size=self._limits.vocab_size,
+                max_tokens=self._limits.max_tokens,
+                max_prompt_tokens=self._limits.max_prompt_tokens,
+                current=current,
+            )
+        except CodecError as error:
+            reason = f"undecodable: {error}"
+        if group is None or reason is not None:
+            self._set_aside(delivery, str(reason))
+        elif group.purpose == "eval":
+            self._on_eval(group)
+            self._done.append(delivery)
+        else:
+            self._admit(delivery, group)
+
+    def _admit(self, delivery: Delivery, group: RolloutGroup) -> None:
+        index = task_index(group.uid, self._limits.run, "train")
+        if index is None:
+            self._set_aside(delivery, "foreign-uid")
+        elif index in self._ledger or index in self._held:
+            self.ended["duplicate"] += 1
+            self._done.append(delivery)
+        else:
+            self._held.add(index)
+            self._deliveries[index] = delivery
+            self._ready.append((index, group))
+            self.tokens += len(group.token_ids)
+            self.groups += 1
+
+    def _drop_stale(self, current: PolicyVersion) -> None:
+        fresh: deque[tuple[int, RolloutGroup]] = deque()
+        for index, group in self._ready:
+            if staleness_of(group, current) > self._limits.max_staleness:
+                self.ended["stale"] += 1
+                self._end(index)
+            else:
+                fresh.append((index, group))
+        self._ready = fresh
+
+    def _end(self, index: int) -> None:
+        self._ledger.add(index)
+        self._held.discard(index)
+        self._done.append(self._deliveries.pop(index))
+
+    def _set_aside(self, delivery: Delivery, reason: str) -> None:
+        code = reason.partition(":")[0]
+        log.warning("quarantined a rollout from %s: %s", delivery.stream.decode(errors="replace"), reason)
+        self.ended[code] += 1
+        self._reader.quarantine(delivery, reason)
+        self._done.append(delivery)
+        index = task_index(delivery.uid, self._limits.run, "train")
+        if index is not None and index not in self._held:
+            self._ledger.add(index)

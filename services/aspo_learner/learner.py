@@ -1,0 +1,322 @@
+"""The learner: take stale rollouts, train, publish, checkpoint, acknowledge.
+
+    Learner(config).run()        # serves HTTP in a thread of its own while it trains
+
+The order is train -> durable checkpoint -> acknowledge; publishing may run ahead of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from aspo.config import Config, ConfigError
+from aspo.http import Server, listen
+from aspo.presence import present
+from aspo.queue import RolloutReader, TaskQueue, connect
+from aspo.schemas import RolloutGroup
+from aspo.telemetry import LEARNER_METRICS, Gauges
+from aspo.weights.store import WeightStore
+
+from aspo_learner.app import Controls, LearnerStatus, build_app
+from aspo_learner.batching import repetition, staleness_of
+from aspo_learner.checkpoint import Checkpoints
+from aspo_learner.data import Prompt, load_prompts
+from aspo_learner.dispatcher import Dispatcher
+from aspo_learner.evaluation import Evaluator
+from aspo_learner.intake import Intake, Limits
+from aspo_learner.ledger import Ledger
+from aspo_learner.policy import Policy, pick_device
+from aspo_learner.publisher import Publisher, next_epoch
+from aspo_learner.report import RunHistory
+from aspo_learner.trainer import Trainer
+
+log = logging.getLogger(__name__)
+_POLL_S = 0.2
+_SILENCE_S = 10.0
+
+
+class Learner:
+    """One run's learner; `run` returns when the steps are done, the target is met or it is told so."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.controls = config, Controls()
+        self._redis = connect(config.redis.url)
+        self._listener = listen(config.learner.host, config.learner.port, config.auth)
+        if config.learner.threads:
+            torch.set_num_threads(config.learner.threads)
+        torch.manual_seed(config.run.seed)
+        self.policy = Policy(config.model, pick_device(config.learner.device))
+        self._room = self.policy.context_length - config.sampling.max_tokens
+        if self._room < 1:
+            raise ConfigError(
+                f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in the "
+                f"model's context of {self.policy.context_length} tokens; lower it"
+            )
+        prompts, held_out = self._load_prompts()
+        self.trainer = Trainer(self.policy, config)
+        self._store = WeightStore(config.run.path / "weights", keep=config.weights.keep)
+        self._checkpoints = Checkpoints(config.run.path / "checkpoints", keep=config.learner.keep_checkpoints)
+        self._gauges = Gauges("learner", LEARNER_METRICS)
+        self._history = RunHistory(config)
+        self.step, self._phase = 0, "starting"
+        self._ledger, cursor = self._restore()
+        self._connect_queues(prompts, held_out, cursor)
+        self._publisher = Publisher(
+            self._store, self.policy, config.run.name, next_epoch(self._redis, config.run.name, self._store)
+        )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end and return the run's summary, also written to summary.json."""
+        app = build_app(self, self._store, self._gauges, self.config.auth)
+        with Server(app, self._listener) as server:
+            log.info("learner of run %s serves on %s", self.config.run.name, server.url)
+            self._publish()
+            if self.step == 0:
+                self._history.accuracy_before = self._evaluate_now("evaluating before training")
+            self._dispatch()
+            while not self._finished():
+                self._train_one_step()
+            self._history.accuracy_after = self._evaluate_now("evaluating after training")
+            self._checkpoint()
+            self._phase = "done"
+            return self._history.finish(
+                self._publisher, self.policy, present(self._redis, self.config.run.name)
+            )
+
+    def status(self) -> LearnerStatus:
+        """A snapshot for `/v1/status`; safe from any thread."""
+        latest, history = self._store.latest(), self._history
+        return LearnerStatus(
+            run=self.config.run.name,
+            phase=self._phase,
+            version=str(latest) if latest else None,
+            step=self.step,
+            steps=self.config.learner.steps,
+            accuracy_before=history.accuracy_before,
+            accuracy=history.accuracy,
+            accuracy_after=history.accuracy_after,
+            idle_fraction=history.idle_fraction,
+            tokens=history.tokens,
+            rollouts=history.rollouts,
+            uptime_seconds=history.seconds,
+            ended=dict(self._intake.ended),
+            metrics=dict(history.last),
+            actors=present(self._redis, self.config.run.name),
+        )
+
+    def not_ready(self) -> str | None:
+        """Why the learner cannot do its work now, None if it can."""
+        if self._store.latest() is None:
+            return "no version is published yet"
+        try:
+            self._redis.ping()
+        except Exception as error:  # a probe reports any fault of the connection
+            return f"Redis does not answer: {error}"
+        return None
+
+    def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        data, held_out = self.config.data, self.config.eval
+        tokenizer = self.policy.tokenizer
+        prompts = load_prompts(data, tokenizer, max_prompt_tokens=self._room)
+        if held_out.path is None:
+            return prompts, []
+        return prompts, load_prompts(
+            data, tokenizer, max_prompt_tokens=self._room, path=held_out.path, split=held_out.split
+        )
+
+    def _restore(self) -> tuple[Ledger, int]:
+        """Continue from the newest intact checkpoint, if there is one."""
+        state = self._checkpoints.load(self.policy.model, self.trainer.optimizer)
+        if state is None:
+            return Ledger(), 0
+        self.step = state["step"]
+        self.trainer.load_state(state["trainer"])
+        self._history.load_state(state["history"])
+        log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
+        return Ledger.load(state["ledger"]), state["cursor"]
+
+    def _connect_queues(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], cursor: int) -> None:
+        config = self.config
+        self._tasks = TaskQueue(self._redis, config.run.name, lease_s=config.redis.task_lease_s)
+        self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
+        self._evaluator = Evaluator(self._tasks, held_out, config) if held_out else None
+        limits = Limits(
+            run=config.run.name,
+            vocab_size=self.policy.vocab_size,
+            max_tokens=config.sampling.max_tokens,
+            max_prompt_tokens=self._room,
+            max_entry_bytes=config.redis.max_entry_mib * 2**20,
+            max_staleness=config.learner.max_staleness,
+        )
+        reader = RolloutReader(self._redis, config.run.name)
+        self._reader, self._intake = reader, Intake(reader, self._ledger, limits, self._on_evaluated)
+
+    def _finished(self) -> bool:
+        """Whether to stop; says why."""
+        target, accuracy = self.config.eval.stop_accuracy, self._history.accuracy
+        if self.controls.stop.is_set():
+            log.info("stopping as told, at step %d", self.step)
+        elif self.step >= self.config.learner.steps:
+            log.info("all %d steps are done", self.step)
+        elif target is not None and accuracy is not None and accuracy >= target:
+            log.info("held-out accuracy %.3f has reached %.3f at step %d", accuracy, target, self.step)
+        else:
+            return False
+        return True
+
+    def _train_one_step(self) -> None:
+        started = time.monotonic()
+        groups = self._wait_for_batch()
+        if groups is None:
+            return
+        taken = time.monotonic()
+        self._phase = "training"
+        metrics = self._describe(groups) | self.trainer.train_step(groups)
+        trained = time.monotonic()
+        self.step += 1
+        self._publish_if_due()
+        self._dispatch()
+        published = time.monotonic()
+        if self.step % self.config.learner.checkpoint_every == 0 or self.controls.checkpoint.is_set():
+            self._checkpoint()
+        metrics |= {
+            "wait_seconds": taken - started,
+            "train_seconds": trained - taken,
+            "publish_seconds": published - trained,
+            "checkpoint_seconds": time.monotonic() - published,
+        }
+        self._record(metrics)
+
+    def _wait_for_batch(self) -> list[RolloutGroup] | None:
+        """Wait for a whole batch; None when told to stop."""
+        heard = time.monotonic()
+        self._intake.pump(self._publisher.version(self.step), 0.0)
+        while not self.controls.stop.is_set():
+            current = self._publisher.version(self.step)
+            if self.controls.running.is_set():
+                batch = self._intake.take(self.config.learner.batch_prompts, current)
+                if batch is not None:
+                    return batch
+            self._dispatch()
+            self._phase = "waiting for rollouts" if self.controls.running.is_set() else "paused"
+            arrived = self._intake.pump(current, _POLL_S)
+            if arrived:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE_S:
+                heard = time.monotonic()
+                self._report_silence()
+        return None
+
+    def _report_silence(self) -> None:
+        actors = present(self._redis, self.config.run.name)
+        names = (
+            ", ".join(f"{actor.id} ({actor.state})" for actor in actors)
+            or "none; start one with `aspo actor`"
+        )
+        log.warning("no rollout for %.0f s; actors alive: %s", _SILENCE_S, names)
+
+    def _dispatch(self) -> None:
+        self._dispatcher.top_up(self.config.learner.steps - self.step)
+
+    def _publish_if_due(self) -> None:
+        if self.step % self.config.weights.publish_every == 0:
+            self._publish()
+        due = self._evaluator is not None and self.step % self.config.eval.every == 0
+        if due and self._evaluator is not None and not self._evaluator.running:
+            self._evaluator.start(str(self._store.latest()), self.config.eval.max_prompts)
+
+    def _publish(self) -> None:
+        version = self._publisher.publish(self.step)
+        self._history.weight_version = str(version)
+
+    def _checkpoint(self) -> None:
+        """Make all that has ended durable, then acknowledge it."""
+        self.controls.checkpoint.clear()
+        state = {
+            "trainer": self.trainer.state(),
+            "ledger": self._ledger.state(),
+            "cursor": self._dispatcher.cursor,
+            "history": self._history.state(),
+        }
+        self._checkpoints.save(self.step, self.policy.model, self.trainer.optimizer, state)
+        self._intake.acknowledge()
+
+    def _evaluate_now(self, phase: str) -> float | None:
+        """Publish, and wait for the accuracy of exactly these weights on the whole held-out set."""
+        if self._evaluator is None or self.controls.stop.is_set():
+            return None
+        self._phase, heard = phase, time.monotonic()
+        self._publish()
+        self._evaluator.start(str(self._store.latest()))
+        while self._evaluator.running and not self.controls.stop.is_set():
+            if self._intake.pump(self._publisher.version(self.step), _POLL_S):
+                heard = time.monotonic()
+            elif time.monotonic() - heard > _SILENCE_S:
+                heard = time.monotonic()
+                self._report_silence()
+        return None if self._evaluator.running else self._history.accuracy
+
+    def _on_evaluated(self, group: RolloutGroup) -> None:
+        accuracy = self._evaluator.take(group) if self._evaluator else None
+        if accuracy is not None:
+            self._history.accuracy = accuracy
+            log.info("held-out greedy accuracy at step %d: %.3f", self.step, accuracy)
+
+    def _describe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """The batch's own figures: reward, length, staleness, repetition."""
+        current = self._publisher.version(self.step)
+        staleness = [staleness_of(group, current) for group in groups]
+        rewards = np.concatenate([group.rewards for group in groups])
+        lengths = np.concatenate([group.lengths for group in groups])
+        better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])
+        repeats = np.array(
+            [
+                repetition(tokens)
+                for group in groups
+                for tokens in np.split(group.token_ids, np.cumsum(group.lengths)[:-1])
+            ]
+        )
+        return {
+            "reward": float(rewards.mean()),
+            "reward_failed_fraction": float(np.concatenate([group.failed for group in groups]).mean()),
+            "truncated_fraction": float(
+                np.mean([r == "length" for group in groups for r in group.finish_reasons])
+            ),
+            "response_length": float(lengths.mean()),
+            "repetition_correct": float(repeats[better].mean()) if better.any() else 0.0,
+            "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
+            "tokens": float(lengths.sum()),
+            "staleness_mean": float(np.mean(staleness)),
+            "staleness_max": float(max(staleness)),
+        }
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        ended = self._intake.ended
+        metrics |= {
+            "step": float(self.step),
+            "queue_tasks": float(sum(self._tasks.depth().values())),
+            "queue_rollouts": float(self._reader.depth()),
+            "ended_stale": float(ended["stale"]),
+            "ended_duplicate": float(ended["duplicate"]),
+            "ended_quarantined": float(ended.total() - ended["stale"] - ended["duplicate"]),
+        }
+        if self._history.accuracy is not None:
+            metrics["accuracy"] = self._history.accuracy
+        self._history.add(
+            metrics, rollouts=int(self.config.learner.batch_prompts * self.config.sampling.group_size)
+        )
+        self._gauges.set(metrics)
+        log.info(
+            "step %d  reward %.3f  entropy %.3f  staleness %.1f  wait %.2f s  train %.2f s",
+            self.step,
+            metrics["reward"],
+            metrics.get("entropy", float("nan")),
+            metrics["staleness_mean"],
+            metrics["wait_seconds"],
+            metrics["train_seconds"],
+        )

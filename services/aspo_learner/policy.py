@@ -1,0 +1,113 @@
+"""The policy: a transformers causal LM with fp32 master weights, and what is published of it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from aspo.config import ConfigError, ModelConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from aspo_learner.batching import MicroBatch
+from aspo_learner.head import token_logprobs_and_entropy
+
+_SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto`; raises ConfigError for a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"learner.device is {name!r} but torch sees no GPU; set it to cpu or mend the driver"
+        )
+    return torch.device(name)
+
+
+class Policy:
+    """A causal LM that scores completions; weights are trained in fp32 and published in `config.dtype`."""
+
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        self.model: Any = load_model(config.path).to(device)
+        self.tokenizer = load_tokenizer(config.path)
+        self.device = device
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._files: dict[str, bytes] | None = None
+        # Sampling has no dropout, so the learner's log-probs must have none either.
+        self.model.eval()
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence the model was made for, in tokens."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2**31 - 1))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids the model can score."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def score(self, batch: MicroBatch, temperature: float, model: Any = None) -> tuple[Tensor, Tensor]:
+        """Score a micro-batch's completions: log-probs and entropies [B, T] fp32, zero at padding.
+
+        `model` scores in place of the policy's own, for a reference.
+        """
+        model = model or self.model
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+        with autocast:
+            # Right padding: with a causal mask no real token sees a padded one; no attention mask is needed.
+            hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        picked = hidden[batch.rows, batch.columns]
+        weight = model.get_output_embeddings().weight
+        logprobs, entropy = token_logprobs_and_entropy(
+            picked.float(), weight, batch.targets, temperature=temperature
+        )
+        return batch.scatter(logprobs), batch.scatter(entropy)
+
+    def published_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors of a version, in the published type; tied tensors once."""
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.detach().to(self._dtype).cpu()
+
+    def published_files(self) -> dict[str, bytes]:
+        """The config and tokenizer files that make a version loadable by `from_pretrained`."""
+        if self._files is None:
+            with tempfile.TemporaryDirectory() as folder:
+                self.model.config.dtype = self._dtype
+                self.model.config.save_pretrained(folder)
+                if getattr(self.model, "generation_config", None) is not None:
+                    self.model.generation_config.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+                self._files = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+        return self._files
+
+
+def load_model(path: str) -> nn.Module:
+    """Load a causal LM in fp32; raises ConfigError if there is none or its head is one we cannot score."""
+    config = _from_pretrained(AutoConfig.from_pretrained, path)
+    for name in _SCALED_LOGITS:
+        if getattr(config, name, None) not in (None, 1.0):
+            raise ConfigError(
+                f"{path}: models with {name} are not supported; their logits are not a plain product"
+            )
+    model: nn.Module = _from_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
+    return model
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the tokenizer that lies with a model; raises ConfigError if there is none."""
+    return _from_pretrained(AutoTokenizer.from_pretrained, path)
+
+
+def _from_pretrained(load: Callable[..., Any], path: str, **options: Any) -> Any:
+    try:
+        return load(path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path {path!r} cannot be loaded ({reason}); give a model folder or hub name"
+        ) from None

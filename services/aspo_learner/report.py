@@ -1,0 +1,144 @@
+"""What a run leaves behind: metrics.jsonl, summary.json, curves.png and a loadable model."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aspo.config import Config
+from aspo.presence import ActorStatus
+
+from aspo_learner.policy import Policy
+from aspo_learner.publisher import Publisher
+
+WARMUP_STEPS = 2  # waits of the first steps are the queue's filling, not the steady state
+
+
+class RunHistory:
+    """The figures of a run so far; one line a step in metrics.jsonl."""
+
+    def __init__(self, config: Config) -> None:
+        self._folder = config.run.path
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._objective = config.loss.name
+        self._started = time.monotonic()
+        self._steps: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
+        self.accuracy_before: float | None = None
+        self.accuracy: float | None = None
+        self.accuracy_after: float | None = None
+        self.weight_version = ""
+        self.tokens = 0
+        self.rollouts = 0
+        self._earlier_seconds = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock time of the run, restarts included, in seconds."""
+        return self._earlier_seconds + time.monotonic() - self._started
+
+    @property
+    def idle_fraction(self) -> float:
+        """Share of the steady state's time in which the learner waited for rollouts."""
+        steady = self._steps[WARMUP_STEPS:]
+        waited = sum(m["wait_seconds"] for m in steady)
+        worked = sum(m["train_seconds"] + m["publish_seconds"] + m["checkpoint_seconds"] for m in steady)
+        return waited / (waited + worked) if steady else 0.0
+
+    def add(self, metrics: dict[str, float], *, rollouts: int) -> None:
+        """Take in one step's metrics."""
+        self.last = dict(metrics)
+        self._steps.append(self.last)
+        self.tokens += int(metrics["tokens"])
+        self.rollouts += rollouts
+        with (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"seconds": round(self.seconds, 3)} | metrics) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of the history."""
+        return {
+            "steps": len(self._steps),
+            "accuracy_before": self.accuracy_before,
+            "accuracy": self.accuracy,
+            "tokens": self.tokens,
+            "rollouts": self.rollouts,
+            "seconds": self.seconds,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from `state`: metrics.jsonl is cut back to the steps that the checkpoint holds."""
+        self.accuracy_before, self.accuracy = state["accuracy_before"], state["accuracy"]
+        self.tokens, self.rollouts, self._earlier_seconds = (
+            state["tokens"],
+            state["rollouts"],
+            state["seconds"],
+        )
+        path = self._folder / "metrics.jsonl"
+        lines = path.read_text().splitlines()[: state["steps"]] if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines))
+        self._steps = [json.loads(line) for line in lines]
+        self.last = self._steps[-1] if self._steps else {}
+
+    def finish(self, publisher: Publisher, policy: Policy, actors: Sequence[ActorStatus]) -> dict[str, Any]:
+        """Write summary.json, curves.png and the final model; returns the summary."""
+        model = self._folder / "model"
+        save_model(policy, dict(policy.published_tensors()), model)
+        staleness = [m["staleness_mean"] for m in self._steps]
+        summary: dict[str, Any] = {
+            "accuracy_before": self.accuracy_before,
+            "accuracy_after": self.accuracy_after,
+            "steps": len(self._steps),
+            "rollouts": self.rollouts,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds, 2),
+            "weight_version": self.weight_version,
+            "weight_syncs": sum(actor.weight_syncs for actor in actors),
+            "staleness_mean": sum(staleness) / len(staleness) if staleness else 0.0,
+            "staleness_max": max((m["staleness_max"] for m in self._steps), default=0.0),
+            "learner_idle_fraction": self.idle_fraction,
+            "loss": self.last.get("loss"),
+            "objective": self._objective,
+            "model": str(model),
+        }
+        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if self._steps:
+            plot_curves(self._steps, self._folder / "curves.png")
+        return summary
+
+
+def save_model(policy: Policy, tensors: dict[str, Any], folder: Path) -> None:
+    """Write weights, config and tokenizer as a folder that `from_pretrained` and vLLM load."""
+    import safetensors.torch
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in policy.published_files().items():
+        (folder / name).write_bytes(content)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def plot_curves(steps: Sequence[dict[str, float]], path: Path) -> None:
+    """Draw reward and accuracy, entropy, staleness and the ratio by step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {
+        "Reward": {"reward": "sampled, T = 1", "accuracy": "held-out, greedy"},
+        "Entropy (nats per token)": {"entropy": "policy"},
+        "Staleness (versions)": {"staleness_mean": "mean", "staleness_max": "max"},
+        "Importance ratio r": {"ratio_p01": "1 %", "ratio_mean": "mean", "ratio_p99": "99 %"},
+    }
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+        for name, label in curves.items():
+            points = [(m["step"], m[name]) for m in steps if name in m]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.4)
+        axes.set_title(title, loc="left", fontsize=11)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)

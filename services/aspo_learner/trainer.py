@@ -1,0 +1,267 @@
+"""One training step: advantages, ratios, ASPO, optimizer updates; and what it reports.
+
+trainer = Trainer(policy, config)
+metrics = trainer.train_step(groups)        # several updates on one batch of rollout groups
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from aspo.config import Config, ConfigError, LossConfig
+from aspo.schemas import RolloutGroup
+from torch import Tensor
+
+from aspo_learner import losses
+from aspo_learner.advantages import group_advantages, is_informative
+from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
+from aspo_learner.policy import Policy
+
+log = logging.getLogger(__name__)
+INERT_RATIO = 1e-6
+QUANTILES = {"p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
+
+
+class Trainer:
+    """Owns the optimizer; turns batches of rollout groups into weight updates."""
+
+    def __init__(self, policy: Policy, config: Config) -> None:
+        self.policy, self._config = policy, config.learner
+        self._loss_config, self._temperature = config.loss, config.sampling.temperature
+        self._loss = build_loss(config.loss)
+        self._reference = copy.deepcopy(policy.model) if config.loss.kl_coefficient > 0 else None
+        self.optimizer = torch.optim.AdamW(
+            policy.model.parameters(),
+            lr=self._config.learning_rate,
+            betas=self._config.betas,
+            weight_decay=self._config.weight_decay,
+            foreach=True,
+        )
+        self.updates = 0
+        self.skipped_updates = 0
+        self._random = np.random.default_rng([config.run.seed, 1])
+        self._pad_id = policy.tokenizer.pad_token_id or 0
+
+    def train_step(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted."""
+        informative = [g for g in groups if is_informative(torch.from_numpy(g.rewards))]
+        sequences = [
+            sequence
+            for number, group in enumerate(informative)
+            for sequence in sequences_of(
+                group, group_advantages(torch.from_numpy(group.rewards)).tolist(), number
+            )
+        ]
+        report = _StepReport()
+        if sequences:
+            proximal = self._proximal(sequences)
+            for mini_batch in self._mini_batches(sequences, len(informative)):
+                self._update(sequences, mini_batch, proximal, report)
+        metrics = report.summary() | {
+            "uninformative_fraction": 1 - len(informative) / max(1, len(groups)),
+            "learning_rate": self._learning_rate(),
+            "skipped_updates": float(self.skipped_updates),
+        }
+        self._warn_if_inert(metrics)
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside weights and optimizer tensors."""
+        return {
+            "updates": self.updates,
+            "skipped": self.skipped_updates,
+            "random": self._random.bit_generator.state,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.updates, self.skipped_updates = state["updates"], state["skipped"]
+        self._random.bit_generator.state = state["random"]
+
+    def _mini_batches(self, sequences: Sequence[TrainingSequence], groups: int) -> Iterator[list[int]]:
+        """Yield the indices of each update's sequences: whole groups, dealt evenly, shuffled every epoch."""
+        updates = min(groups, math.ceil(self._config.batch_prompts / self._config.mini_batch_prompts))
+        for _ in range(self._config.epochs):
+            for part in np.array_split(self._random.permutation(groups), updates):
+                chosen = set(part.tolist())
+                yield [i for i, sequence in enumerate(sequences) if sequence.group in chosen]
+
+    def _split(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> Iterator[MicroBatch]:
+        return micro_batches(
+            sequences,
+            indices,
+            max_tokens=self._config.micro_batch_tokens,
+            pad_id=self._pad_id,
+            device=self.policy.device,
+        )
+
+    @torch.no_grad()
+    def _proximal(self, sequences: Sequence[TrainingSequence]) -> dict[int, Tensor] | None:
+        """The log-probs at the batch's start, by sequence, when the ratio is taken against them."""
+        if self._loss_config.ratio_reference == "behavior":
+            return None
+        found: dict[int, Tensor] = {}
+        for batch in self._split(sequences, range(len(sequences))):
+            logprobs, _ = self.policy.score(batch, self._temperature)
+            found |= {index: logprobs[row] for row, index in enumerate(batch.indices)}
+        return found
+
+    def _update(
+        self,
+        sequences: Sequence[TrainingSequence],
+        indices: Sequence[int],
+        proximal: dict[int, Tensor] | None,
+        report: _StepReport,
+    ) -> None:
+        """One optimizer update; the loss is normalised over the mini-batch, whatever the micro-batches."""
+        tokens = float(sum(len(sequences[i].completion_ids) for i in indices))
+        by_token = inspect.signature(self._loss).parameters["aggregation"].default == "token-mean"
+        for batch in self._split(sequences, indices):
+            loss = self._micro_loss(batch, proximal, tokens if by_token else float(len(indices)), report)
+            loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self._config.max_grad_norm)
+        if torch.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self._learning_rate()
+            self.optimizer.step()
+            self.updates += 1
+        else:
+            self.skipped_updates += 1
+            log.warning("skipped an update: its gradient is not finite")
+        self.optimizer.zero_grad(set_to_none=True)
+        report.finish_update(float(norm))
+
+    def _micro_loss(
+        self, batch: MicroBatch, proximal: dict[int, Tensor] | None, normalizer: float, report: _StepReport
+    ) -> Tensor:
+        logprobs, entropy = self.policy.score(batch, self._temperature)
+        old, correction = batch.behavior_logprobs, None
+        if proximal is not None:
+            width = batch.mask.shape[1]
+            old = torch.nn.utils.rnn.pad_sequence([proximal[i] for i in batch.indices], batch_first=True)[
+                :, :width
+            ]
+            correction = losses.behavior_correction(
+                old,
+                batch.behavior_logprobs,
+                batch.mask,
+                mode=self._loss_config.behavior_correction,
+                level=self._loss_config.correction_level,
+            )
+        options: dict[str, Any] = {"correction": correction, "normalizer": normalizer}
+        if self._loss_config.entropy_split_clip:
+            options["clip_low_entropy_mask"] = losses.entropy_split_mask(entropy, batch.mask)
+        loss, metrics = self._loss(logprobs, old, batch.advantages, batch.mask, **options)
+        if self._reference is not None:
+            loss = loss + self._kl_term(batch, logprobs, normalizer, metrics)
+        metrics["entropy"] = losses.Mean(entropy.sum(), batch.mask.sum())
+        report.add(metrics, loss, logprobs.detach(), old, correction, batch)
+        return loss
+
+    def _kl_term(
+        self, batch: MicroBatch, logprobs: Tensor, normalizer: float, metrics: losses.Metrics
+    ) -> Tensor:
+        """K3 KL to the initial policy, normalised as the loss is."""
+        with torch.no_grad():
+            reference, _ = self.policy.score(batch, self._temperature, self._reference)
+        kl = losses.k3_kl(logprobs, reference, batch.mask)
+        metrics["kl_reference"] = losses.Mean(kl.detach().sum(), batch.mask.sum())
+        aggregation = inspect.signature(self._loss).parameters["aggregation"].default
+        return self._loss_config.kl_coefficient * losses.aggregate(kl, batch.mask, aggregation, normalizer)
+
+    def _learning_rate(self) -> float:
+        warmup = self._config.warmup_updates
+        return self._config.learning_rate * min(1.0, (self.updates + 1) / (warmup + 1))
+
+    def _warn_if_inert(self, metrics: dict[str, float]) -> None:
+        spread = max(abs(metrics.get("ratio_p01", 0.0) - 1), abs(metrics.get("ratio_max", 0.0) - 1))
+        if spread < INERT_RATIO and self._loss_config.name == "aspo":
+            log.warning(
+                "the ratio r is 1 for the whole batch, so ASPO equals plain policy gradient; use "
+                "loss.ratio_reference = 'behavior', more epochs or smaller mini-batches"
+            )
+
+
+def build_loss(config: LossConfig) -> losses.Loss:
+    """Bind the loss to its settings; raises ConfigError for a setting that the loss does not have."""
+    loss = losses.LOSSES[config.name]
+    names = ("eps_low", "eps_high", "dual_clip_pos", "dual_clip_neg", "aggregation")
+    chosen = {name: value for name in names if (value := getattr(config, name)) is not None}
+    known = inspect.signature(loss).parameters
+    if config.entropy_split_clip and "clip_low_entropy_mask" not in known:
+        raise ConfigError(f"loss.entropy_split_clip: the loss {config.name!r} has no split clip; unset it")
+    for name in chosen:
+        if name not in known:
+            raise ConfigError(f"loss.{name}: the loss {config.name!r} has no such setting; unset it")
+    return partial(loss, **chosen)
+
+
+class _StepReport:
+    """Gathers one step's metrics with global numerators and denominators."""
+
+    def __init__(self) -> None:
+        self._means: list[losses.Metrics] = []
+        self._update_losses: list[float] = [0.0]
+        self._norms: list[float] = []
+        self._log_ratios: list[Tensor] = []
+        self._corrections: list[Tensor] = []
+        self._mismatch: list[Tensor] = []
+
+    def add(
+        self,
+        metrics: losses.Metrics,
+        loss: Tensor,
+        logprobs: Tensor,
+        old: Tensor,
+        correction: Tensor | None,
+        batch: MicroBatch,
+    ) -> None:
+        self._means.append(metrics)
+        self._update_losses[-1] += float(loss.detach())
+        self._log_ratios.append((logprobs - old)[batch.mask])
+        if correction is not None:
+            self._corrections.append(correction[batch.mask])
+        if not self._norms:
+            # Until the first update of a batch the policy still is the proximal one: s for free.
+            self._mismatch.append((logprobs - batch.behavior_logprobs)[batch.mask])
+
+    def finish_update(self, norm: float) -> None:
+        self._norms.append(norm)
+        self._update_losses.append(0.0)
+
+    def summary(self) -> dict[str, float]:
+        """Values over all updates of the step; empty when there was nothing to train on."""
+        if not self._norms:
+            return {}
+        metrics = {name: float(mean) for name, mean in losses.merge_metrics(self._means).items()}
+        squares = metrics.pop("corrected_weight_square_mean")
+        mean = metrics.pop("corrected_weight_mean")
+        metrics["ess_fraction"] = mean**2 / squares if squares else 0.0
+        metrics |= _quantiles("ratio", torch.cat(self._log_ratios))
+        mismatch = torch.cat(self._mismatch)
+        metrics |= _quantiles("mismatch_ratio", mismatch)
+        metrics["mismatch_k1"] = float(-mismatch.mean())
+        metrics["mismatch_k3"] = float((mismatch.expm1() - mismatch).mean())
+        if self._corrections:
+            b = torch.cat(self._corrections)
+            metrics["correction_ess_fraction"] = float(
+                b.sum() ** 2 / b.square().sum().clamp(min=1e-12) / len(b)
+            )
+        metrics["loss"] = float(np.mean(self._update_losses[: len(self._norms)]))
+        metrics["grad_norm"] = float(np.mean(self._norms))
+        metrics["grad_norm_max"] = float(np.max(self._norms))
+        metrics["updates"] = float(len(self._norms))
+        return metrics
+
+
+def _quantiles(name: str, log_ratio: Tensor) -> dict[str, float]:
+    ordered = np.quantile(log_ratio.exp().double().cpu().numpy(), list(QUANTILES.values()))
+    return {f"{name}_{label}": float(value) for label, value in zip(QUANTILES, ordered, strict=True)}

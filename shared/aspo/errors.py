@@ -1,0 +1,7 @@
+"""The root of the errors that a user can mend."""
+
+from __future__ import annotations
+
+
+class AspoError(Exception):
+    """Something the user can mend; the text is one line that says what is wrong and what to do."""

@@ -1,0 +1,222 @@
+"""The HTTP shell of both services: scopes, probes, metrics and one error shape.
+
+    app = create_app("learner", auth=settings.auth, ready=is_ready, registry=REGISTRY)
+
+    @app.get("/v1/status", dependencies=[require(app, Scope.READER)])
+    def status() -> Status: ...
+
+    with Server(app, host, port) as server:      # uvicorn in a thread of its own
+        print(server.url)
+
+Probes and metrics are public; every other route names a scope. Without tokens only loopback addresses are
+served.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import hmac
+import ipaddress
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Annotated, Any, Self
+
+import uvicorn
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from pydantic import BaseModel, SecretStr
+from starlette.exceptions import HTTPException as StarletteHTTPException
+
+from aspo.config import AuthConfig
+from aspo.errors import AspoError
+
+_bearer = HTTPBearer(auto_error=False, description="A token of the route's scope")
+
+
+class ServeError(AspoError, RuntimeError):
+    """The service cannot listen as configured; the text says what to do."""
+
+
+class Scope(enum.Enum):
+    """Who may call a route; an operator may call all of them, an actor also reads."""
+
+    READER = "reader"
+    ACTOR = "actor"
+    OPERATOR = "operator"
+
+
+_GRANTED = {
+    Scope.READER: (Scope.READER, Scope.ACTOR, Scope.OPERATOR),
+    Scope.ACTOR: (Scope.ACTOR, Scope.OPERATOR),
+    Scope.OPERATOR: (Scope.OPERATOR,),
+}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong and what to do."""
+
+    code: str
+    message: str
+    hint: str = ""
+
+
+class ErrorBody(BaseModel):
+    """The body of every error answer."""
+
+    error: ErrorDetail
+
+
+class ApiError(HTTPException):
+    """An error answer with a code, a message and a hint."""
+
+    def __init__(self, status: int, code: str, message: str, hint: str = "") -> None:
+        super().__init__(status, message)
+        self.code, self.hint = code, hint
+
+
+def create_app(
+    name: str, *, auth: AuthConfig, ready: Callable[[], str | None], registry: CollectorRegistry
+) -> FastAPI:
+    """Make the FastAPI app with probes, `/metrics` and error answers; `ready` returns why not, or None."""
+    app = FastAPI(title=f"ASPO {name}", version="1", responses={"default": {"model": ErrorBody}})
+    app.state.auth = auth
+    app.add_exception_handler(StarletteHTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_bad_request)
+
+    @app.get("/livez", response_class=PlainTextResponse, tags=["probes"])
+    async def livez() -> str:
+        """Say that the process answers."""
+        return "ok"
+
+    @app.get("/readyz", tags=["probes"])
+    async def readyz() -> Response:
+        """Say whether the service can do its work now, and if not why."""
+        reason = ready()
+        return PlainTextResponse(reason or "ok", status_code=503 if reason else 200)
+
+    @app.get("/metrics", tags=["probes"])
+    def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+    return app
+
+
+def require(scope: Scope) -> Any:
+    """Make the dependency that lets a request in only with a token of the scope."""
+
+    def check(
+        request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    ) -> None:
+        auth: AuthConfig = request.app.state.auth
+        tokens = {Scope(name.removesuffix("_token")): token for name, token in auth if token is not None}
+        if not tokens:
+            return  # `Server` has made sure that only loopback addresses are served
+        given = credentials.credentials if credentials else ""
+        if not any(_matches(given, tokens.get(granted)) for granted in _GRANTED[scope]):
+            status, code = (403, "forbidden") if given else (401, "unauthorized")
+            raise ApiError(
+                status, code, f"this route needs a {scope.value} token", "send Authorization: Bearer TOKEN"
+            )
+
+    return Depends(check)
+
+
+def _matches(given: str, token: SecretStr | None) -> bool:
+    return token is not None and hmac.compare_digest(given.encode(), token.get_secret_value().encode())
+
+
+async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, StarletteHTTPException)
+    code = (
+        error.code
+        if isinstance(error, ApiError)
+        else {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
+    )
+    hint = error.hint if isinstance(error, ApiError) else "see /docs for the routes"
+    return _error(error.status_code, code, str(error.detail), hint)
+
+
+async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    return _error(422, "bad_request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "see /docs")
+
+
+def _error(status: int, code: str, message: str, hint: str) -> JSONResponse:
+    body = ErrorBody(error=ErrorDetail(code=code, message=message, hint=hint))
+    return JSONResponse(body.model_dump(), status_code=status)
+
+
+def listen(host: str, port: int, auth: AuthConfig) -> socket.socket:
+    """Bind a TCP socket; raises `ServeError` for a port in use, or a public address without tokens."""
+    if not _is_loopback(host) and not any(token for _, token in auth):
+        raise ServeError(
+            f"refusing to serve on {host} without tokens; set auth.reader_token, auth.actor_token and "
+            "auth.operator_token, or serve on 127.0.0.1"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ServeError(
+            f"cannot serve on {host}:{port} ({error.strerror}); choose another port, or 0"
+        ) from None
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Server:
+    """uvicorn in a thread of its own, so that the caller's thread can train; use as a context manager."""
+
+    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
+        self._listener = listener
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=2
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._run, name="http", daemon=True)
+
+    @property
+    def url(self) -> str:
+        """Where the service answers."""
+        return url_of(self._listener)
+
+    def _run(self) -> None:
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+            runner.run(self._server.serve(sockets=[self._listener]))
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.should_exit = True
+        self._thread.join(timeout=10)
+
+
+def url_of(listener: socket.socket) -> str:
+    """Give the URL of a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

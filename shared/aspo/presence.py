@@ -1,0 +1,61 @@
+"""Who is alive: actors announce themselves in Redis with a time to live, so no clocks are compared."""
+
+from __future__ import annotations
+
+import redis
+from pydantic import BaseModel, ValidationError
+
+
+class ActorStatus(BaseModel):
+    """What an actor says of itself; `GET /v1/status` of an actor, and its heartbeat."""
+
+    id: str
+    run: str
+    url: str
+    state: str
+    version: str
+    groups: int = 0
+    groups_in_flight: int = 0
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    weight_syncs: int = 0
+    weight_pull_seconds: float = 0.0
+    weight_pause_seconds: float = 0.0
+    reward_failures: int = 0
+
+
+def announce(client: redis.Redis, status: ActorStatus, *, ttl_s: float) -> None:
+    """Say that an actor is alive for the next `ttl_s` seconds."""
+    pipeline = client.pipeline(transaction=False)
+    pipeline.sadd(_members(status.run), status.id)
+    pipeline.set(_key(status.run, status.id), status.model_dump_json(), px=int(ttl_s * 1000))
+    pipeline.execute()
+
+
+def withdraw(client: redis.Redis, run: str, actor: str) -> None:
+    """Say that an actor has left."""
+    client.delete(_key(run, actor))
+    client.srem(_members(run), actor)
+
+
+def present(client: redis.Redis, run: str) -> list[ActorStatus]:
+    """The actors alive now, by id; forgets those that fell silent."""
+    alive = []
+    for actor in sorted(member.decode() for member in client.smembers(_members(run))):
+        data = client.get(_key(run, actor))
+        if data is None:
+            client.srem(_members(run), actor)
+            continue
+        try:
+            alive.append(ActorStatus.model_validate_json(data))
+        except ValidationError:
+            continue  # an actor of another release; its rollouts are judged by their own schema
+    return alive
+
+
+def _members(run: str) -> str:
+    return f"aspo:{run}:actors"
+
+
+def _key(run: str, actor: str) -> str:
+    return f"aspo:{run}:actor:{actor}"

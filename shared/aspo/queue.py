@@ -1,0 +1,279 @@
+"""Tasks and rollouts on Redis Streams: delivered at least once, sent idempotently, never trimmed unused.
+
+    tasks = TaskQueue(redis, "demo")                # learner: put; actor: claim, renew, finish or hand back
+    tasks.put([task])
+    [claim] = tasks.claim("actor-1", count=1)
+    RolloutWriter(redis, "demo", "actor-1").put(claim.task.uid, payload)
+    tasks.finish([claim])                           # only after the rollout is stored
+    reader = RolloutReader(redis, "demo")           # learner: read, train, checkpoint, then
+    reader.acknowledge(reader.read(count=64))       # acknowledge frees the memory
+
+Stream ids are explicit, so that a retried XADD cannot add twice: a task's is its index, a rollout's is the
+writer's incarnation and its own count, on a stream per actor. Consumers still dedupe by uid, for a task may
+be done twice.
+Only commands of Redis 6.2 are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import redis
+from redis.backoff import ExponentialBackoff
+from redis.retry import Retry
+
+from aspo.codec import CodecError, decode_task, encode_task
+from aspo.errors import AspoError
+from aspo.schemas import Purpose, Task
+
+GROUP = "aspo"
+PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+_STALE_ID = "equal or smaller"
+_HANDED_BACK_MS = 10**9
+
+
+class QueueError(AspoError, RuntimeError):
+    """Redis cannot be used as configured; the text says what to do."""
+
+
+def connect(url: str) -> redis.Redis:
+    """Open a Redis connection that retries short outages; raises `QueueError` when nothing answers."""
+    try:
+        client = redis.Redis.from_url(
+            url,
+            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 5),
+            socket_connect_timeout=5,
+            socket_keepalive=True,
+            health_check_interval=30,
+            protocol=2,
+        )
+        client.ping()
+    except ValueError as error:
+        raise QueueError(f"redis.url {url_without_password(url)!r} is not a Redis URL: {error}") from None
+    except redis.AuthenticationError as error:
+        raise QueueError(f"Redis at {url_without_password(url)} refused the password: {error}") from None
+    except redis.RedisError as error:
+        raise QueueError(
+            f"no Redis at {url_without_password(url)} ({error}); start redis-server or set redis.url"
+        ) from None
+    return client
+
+
+def url_without_password(url: str) -> str:
+    """Hide the password of a Redis URL, for messages."""
+    scheme, separator, rest = url.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    return f"{scheme}{separator}{'***@' if at and credentials else ''}{host}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A task that this actor holds until it finishes it, hands it back or its lease runs out."""
+
+    task: Task
+    stream: bytes
+    entry_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One stored rollout payload, pending until it is acknowledged; `uid` is what its writer calls it."""
+
+    uid: str
+    payload: bytes
+    stream: bytes
+    entry_id: bytes
+
+
+class TaskQueue:
+    """The learner's requests for rollouts; evaluation tasks go first."""
+
+    def __init__(self, client: redis.Redis, run: str, *, lease_s: float = 120.0) -> None:
+        self._redis = client
+        self._lease_ms = int(lease_s * 1000)
+        self._streams = {purpose: f"aspo:{run}:tasks:{purpose}".encode() for purpose in PURPOSES}
+        for stream in self._streams.values():
+            _ensure_group(client, stream)
+
+    def put(self, tasks: Iterable[Task]) -> None:
+        """Store tasks in index order; a task whose index is already stored is left as it is."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for task in tasks:
+            entry_id = f"0-{task.index + 1}"
+            pipeline.xadd(self._streams[task.purpose], {"task": encode_task(task)}, id=entry_id)
+        for reply in pipeline.execute(raise_on_error=False):
+            if isinstance(reply, Exception) and _STALE_ID not in str(reply):
+                raise reply
+
+    def claim(self, consumer: str, *, count: int, block_ms: int | None = None) -> list[Claim]:
+        """Take up to `count` tasks, abandoned ones first; waits `block_ms` when there are none."""
+        claims: list[Claim] = []
+        for purpose in reversed(PURPOSES):
+            stream = self._streams[purpose]
+            if len(claims) < count:
+                reply = self._redis.xautoclaim(
+                    stream, GROUP, consumer, min_idle_time=self._lease_ms, count=count - len(claims)
+                )
+                claims += self._decode(stream, reply[1])
+            if len(claims) < count:
+                claims += self._read([stream], consumer, count - len(claims), None)
+        if not claims and block_ms is not None:
+            claims = self._read(list(self._streams.values()), consumer, count, block_ms)
+        return claims
+
+    def renew(self, consumer: str, claims: Sequence[Claim]) -> None:
+        """Restart the lease of tasks still being worked on."""
+        self._reclaim(consumer, claims, idle_ms=0)
+
+    def hand_back(self, consumer: str, claims: Sequence[Claim]) -> None:
+        """Let another actor take these tasks at once."""
+        self._reclaim(consumer, claims, idle_ms=_HANDED_BACK_MS)
+
+    def finish(self, claims: Iterable[Claim]) -> None:
+        """Acknowledge tasks whose rollouts are stored, and free them."""
+        _acknowledge(self._redis, ((claim.stream, claim.entry_id) for claim in claims))
+
+    def next_index(self, purpose: Purpose) -> int:
+        """The lowest task index that is not stored yet and never was."""
+        last = self._redis.xinfo_stream(self._streams[purpose])["last-generated-id"]
+        return int(last.decode().partition("-")[2])
+
+    def depth(self) -> dict[str, int]:
+        """Count the tasks waiting or being worked on, by purpose."""
+        return {purpose: int(self._redis.xlen(stream)) for purpose, stream in self._streams.items()}
+
+    def _read(self, streams: list[bytes], consumer: str, count: int, block_ms: int | None) -> list[Claim]:
+        reply = self._redis.xreadgroup(
+            GROUP, consumer, dict.fromkeys(streams, ">"), count=count, block=block_ms
+        )
+        return [claim for stream, entries in reply or [] for claim in self._decode(stream, entries)]
+
+    def _decode(self, stream: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Claim]:
+        claims = []
+        for entry_id, fields in entries:
+            try:
+                claims.append(Claim(decode_task(fields[b"task"]), stream, entry_id))
+            except (CodecError, KeyError, TypeError):
+                # Only the learner writes here: an entry that is no task can never be done, by anyone.
+                _acknowledge(self._redis, [(stream, entry_id)])
+        return claims
+
+    def _reclaim(self, consumer: str, claims: Sequence[Claim], *, idle_ms: int) -> None:
+        pipeline = self._redis.pipeline(transaction=False)
+        for claim in claims:
+            pipeline.xclaim(claim.stream, GROUP, consumer, 0, [claim.entry_id], idle=idle_ms, justid=True)
+        pipeline.execute()
+
+
+class RolloutWriter:
+    """One actor incarnation's stream of rollouts; not thread-safe, for its ids must be sent in order."""
+
+    def __init__(self, client: redis.Redis, run: str, actor: str) -> None:
+        self._redis = client
+        self._registry = f"aspo:{run}:rollout-streams"
+        self._stream = f"aspo:{run}:rollouts:{actor}"
+        self._incarnation = int(client.incr(f"aspo:{run}:incarnation"))
+        self._sent = 0
+
+    def put(self, uid: str, payload: bytes) -> None:
+        """Store one encoded rollout group; sending it again after a lost reply adds nothing."""
+        self._sent += 1
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.sadd(self._registry, self._stream)
+        pipeline.xadd(self._stream, {"uid": uid, "group": payload}, id=f"{self._incarnation}-{self._sent}")
+        for reply in pipeline.execute(raise_on_error=False):
+            if isinstance(reply, Exception) and _STALE_ID not in str(reply):
+                raise reply
+
+
+class RolloutReader:
+    """The learner's view of every actor's stream; what it reads stays pending until acknowledged."""
+
+    def __init__(self, client: redis.Redis, run: str, *, consumer: str = "learner") -> None:
+        self._redis = client
+        self._consumer = consumer
+        self._registry = f"aspo:{run}:rollout-streams"
+        self._quarantine = f"aspo:{run}:quarantine"
+        self._replay: dict[bytes, bytes] = {}
+        self._known: set[bytes] = set()
+
+    def read(self, *, count: int, block_ms: int | None = None) -> list[Delivery]:
+        """Return up to `count` rollouts per stream, first those that a former learner left pending."""
+        self._discover()
+        while self._replay:
+            if replayed := self._read_pending(count):
+                return replayed
+        if not self._known:
+            return []
+        reply = self._redis.xreadgroup(
+            GROUP, self._consumer, dict.fromkeys(self._known, ">"), count=count, block=block_ms
+        )
+        return [delivery for stream, entries in reply or [] for delivery in _deliveries(stream, entries)]
+
+    def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
+        """Give up rollouts that a durable checkpoint covers, and free them."""
+        _acknowledge(self._redis, ((delivery.stream, delivery.entry_id) for delivery in deliveries))
+
+    def quarantine(self, delivery: Delivery, reason: str) -> None:
+        """Keep a copy of a rollout that cannot be used, with the reason; it still is to be acknowledged."""
+        entry = {"reason": reason, "uid": delivery.uid, "group": delivery.payload}
+        self._redis.xadd(self._quarantine, entry)
+
+    @property
+    def streams(self) -> int:
+        """How many actors' streams are known."""
+        return len(self._known)
+
+    def depth(self) -> int:
+        """Count the rollouts stored and not yet acknowledged."""
+        return sum(int(self._redis.xlen(stream)) for stream in self._known)
+
+    def _discover(self) -> None:
+        for stream in self._redis.smembers(self._registry) - self._known:
+            _ensure_group(self._redis, stream)
+            self._known.add(stream)
+            self._replay[stream] = b"0"
+
+    def _read_pending(self, count: int) -> list[Delivery]:
+        reply = self._redis.xreadgroup(GROUP, self._consumer, dict(self._replay), count=count)
+        found = []
+        for stream, entries in reply or []:
+            if not entries:
+                del self._replay[stream]
+                continue
+            self._replay[stream] = entries[-1][0]
+            found += _deliveries(stream, entries)
+        return found
+
+
+def _deliveries(stream: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Delivery]:
+    return [
+        Delivery(
+            fields.get(b"uid", b"").decode(errors="replace"), fields.get(b"group", b""), stream, entry_id
+        )
+        for entry_id, fields in entries
+    ]
+
+
+def _ensure_group(client: redis.Redis, stream: Any) -> None:
+    try:
+        client.xgroup_create(stream, GROUP, id="0", mkstream=True)
+    except redis.ResponseError as error:
+        if "BUSYGROUP" not in str(error):
+            raise
+
+
+def _acknowledge(client: redis.Redis, entries: Iterable[tuple[bytes, bytes]]) -> None:
+    """XACK alone frees no memory, so the entries are deleted in the same transaction."""
+    by_stream: dict[bytes, list[bytes]] = {}
+    for stream, entry_id in entries:
+        by_stream.setdefault(stream, []).append(entry_id)
+    if not by_stream:
+        return
+    pipeline = client.pipeline(transaction=True)
+    for stream, ids in by_stream.items():
+        pipeline.xack(stream, GROUP, *ids)
+        pipeline.xdel(stream, *ids)
+    pipeline.execute()

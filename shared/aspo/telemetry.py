@@ -1,0 +1,109 @@
+"""Logging, and the metrics of both services: one table each, from which the Prometheus gauges are made."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Gauge
+from rich.logging import RichHandler
+
+LEARNER_METRICS = {
+    "step": "Rollout batches trained on",
+    "reward": "Mean reward of the batch's samples",
+    "accuracy": "Held-out greedy mean reward at the last evaluation",
+    "loss": "Mean loss per update (a handle for autograd: read surrogate instead)",
+    "surrogate": "Mean of advantage x correction x weight per token",
+    "entropy": "Mean entropy of the policy per completion token, nats",
+    "kl_reference": "K3 KL to the initial policy per token, nats",
+    "grad_norm": "Gradient norm before clipping, mean over updates",
+    "grad_norm_max": "Gradient norm before clipping, largest update",
+    "learning_rate": "Learning rate of the last update",
+    "updates": "Optimizer updates in the step",
+    "skipped_updates": "Updates skipped for a non-finite gradient, since the start",
+    "ratio_mean": "Mean importance ratio r",
+    "ratio_mean_pos": "Mean r of tokens with positive advantage",
+    "ratio_mean_neg": "Mean r of tokens with negative advantage",
+    "ratio_p01": "1 % quantile of r",
+    "ratio_p50": "Median of r",
+    "ratio_p99": "99 % quantile of r",
+    "ratio_max": "Largest r",
+    "weight_mean_pos": "Mean final weight k*w of positive tokens",
+    "weight_mean_neg": "Mean final weight k*w of negative tokens",
+    "clip_fraction_pos": "Hard-clipped share of positive tokens",
+    "clip_fraction_neg": "Hard-clipped share of negative tokens",
+    "dual_clip_fraction_pos": "Dual-clipped share of positive tokens",
+    "dual_clip_fraction_neg": "Dual-clipped share of negative tokens",
+    "approx_kl_k1": "k1 estimate of KL between r's denominator and the policy, nats per token",
+    "approx_kl_k3": "k3 estimate of the same",
+    "mismatch_k1": "k1 between the batch-start policy and the sampler, nats per token",
+    "mismatch_k3": "k3 of the same",
+    "mismatch_ratio_p01": "1 % quantile of s = batch-start policy / sampler",
+    "mismatch_ratio_p50": "Median of s",
+    "mismatch_ratio_p99": "99 % quantile of s",
+    "mismatch_ratio_max": "Largest s",
+    "ess_fraction": "Effective sample size of correction x weight, as a share of the tokens",
+    "correction_ess_fraction": "Effective sample size of the behaviour correction, as a share of the tokens",
+    "staleness_mean": "Mean versions by which the batch's groups lag",
+    "staleness_max": "Largest lag of a group in the batch, versions",
+    "uninformative_fraction": "Share of groups whose rewards are all equal; they are not trained on",
+    "reward_failed_fraction": "Share of samples whose reward function failed",
+    "truncated_fraction": "Share of completions cut at max_tokens",
+    "response_length": "Mean completion length, tokens",
+    "repetition_correct": "Share of repeated 4-grams in completions rewarded above the group's mean",
+    "repetition_wrong": "Share of repeated 4-grams in completions rewarded at or below the group's mean",
+    "tokens": "Completion tokens in the batch",
+    "wait_seconds": "Time the learner waited for this batch",
+    "train_seconds": "Time of the forward, backward and optimizer work",
+    "publish_seconds": "Time to store and announce the new version",
+    "checkpoint_seconds": "Time of the durable checkpoint, when there was one",
+    "queue_tasks": "Tasks waiting or being worked on",
+    "queue_rollouts": "Rollout groups stored and not yet acknowledged",
+    "ended_stale": "Groups dropped for staleness since the start",
+    "ended_duplicate": "Groups seen twice since the start",
+    "ended_quarantined": "Groups set aside as unusable since the start",
+}
+ACTOR_METRICS = {
+    "groups": "Rollout groups stored since the start",
+    "tokens": "Completion tokens sampled since the start",
+    "tokens_per_second": "Sampling rate over the last seconds",
+    "groups_in_flight": "Groups being sampled or scored",
+    "weight_step": "Step of the policy version being run",
+    "weight_syncs": "Weight updates applied since the start",
+    "weight_pull_seconds": "Time to fetch and verify the last version",
+    "weight_pause_seconds": "Time generation stood still for the last update",
+    "reward_failures": "Samples whose reward function raised, hung or gave no number",
+}
+
+
+class Gauges:
+    """Prometheus gauges `aspo_<service>_<name>` for one table of metrics."""
+
+    def __init__(self, service: str, table: Mapping[str, str]) -> None:
+        self.registry = CollectorRegistry()
+        self._gauges = {
+            name: Gauge(f"aspo_{service}_{name}", text, registry=self.registry)
+            for name, text in table.items()
+        }
+
+    def set(self, values: Mapping[str, float]) -> None:
+        """Set the gauges of all values; a name outside the table is an error."""
+        for name, value in values.items():
+            self._gauges[name].set(value)
+
+
+def setup_logging() -> None:
+    """Log to standard error: coloured on a terminal, one plain line each elsewhere."""
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        from rich.console import Console
+
+        handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    for noisy in ("httpx", "vllm", "datasets", "filelock", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

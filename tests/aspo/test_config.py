@@ -1,0 +1,76 @@
+"""Configuration: precedence, bounds, and one-line errors that say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from aspo.config import ConfigError, load_config
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\npath = "m"\n[data]\npath = "d.jsonl"\n[learner]\nsteps = 5\n')
+    return path
+
+
+def test_overrides_beat_the_environment_beats_the_file_beats_the_default(
+    config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_config(config_file).learner.steps == 5
+    monkeypatch.setenv("ASPO_LEARNER__STEPS", "6")
+    monkeypatch.setenv("ASPO_LEARNER__BATCH_PROMPTS", "128")
+    config = load_config(config_file, ["learner.steps=7", "run.name=my-run"])
+    assert (config.learner.steps, config.learner.batch_prompts, config.run.name) == (7, 128, "my-run")
+    assert config.learner.mini_batch_prompts == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("learner.lerning_rate=1", "did you mean 'learning_rate'"),
+        ("lerner.steps=1", "did you mean 'learner'"),
+        ("learner.steps=0", "learner.steps.*greater than or equal to 1"),
+        ("learner.steps=many", "learner.steps.*valid integer"),
+        ("loss.name=ppo", "loss.name"),
+        ("learner.mini_batch_prompts=1000", "exceeds batch_prompts"),
+        ("run.name=../etc", "run.name"),
+        ("no-equals-sign", "write it as section.key=value"),
+        ("reward.function=os.system", "reward.function"),
+    ],
+)
+def test_a_wrong_setting_is_named_in_one_line(config_file: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(config_file, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_variable_is_refused(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASPO_LEARNER__STEEPS", "1")
+    with pytest.raises(ConfigError, match="ASPO_LEARNER__STEEPS names no setting"):
+        load_config(config_file)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no config file at"):
+        load_config(tmp_path / "none.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[model\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(broken)
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"'model' is not set; add it; 'data' is not set"):
+        load_config(path)
+
+
+def test_settings_are_frozen_and_tokens_do_not_show(config_file: Path) -> None:
+    config = load_config(config_file, ["auth.reader_token=hunter2"])
+    assert "hunter2" not in repr(config)
+    with pytest.raises(ValueError, match="frozen"):
+        config.learner.steps = 3  # type: ignore[misc]

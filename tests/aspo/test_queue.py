@@ -1,0 +1,133 @@
+"""The queue over a real redis-server: at least once, idempotent, nothing lost before its acknowledgement."""
+
+from __future__ import annotations
+
+import pytest
+import redis
+
+from aspo.queue import QueueError, RolloutReader, RolloutWriter, TaskQueue, connect, url_without_password
+from aspo.schemas import Task
+
+
+def make_task(run: str, index: int, purpose: str = "train") -> Task:
+    return Task(
+        uid=f"{run}:{purpose}:{index}",
+        index=index,
+        purpose=purpose,  # type: ignore[arg-type]
+        prompt_ids=[1, 2, 3],
+        group_size=2,
+        max_tokens=8,
+        temperature=1.0,
+        reward_inputs={"answer": "4"},
+    )
+
+
+def test_a_task_put_twice_is_claimed_once(client: redis.Redis, run: str) -> None:
+    queue = TaskQueue(client, run)
+    queue.put([make_task(run, 0), make_task(run, 1)])
+    queue.put([make_task(run, 0), make_task(run, 1), make_task(run, 2)])
+    assert [claim.task.index for claim in queue.claim("a", count=10)] == [0, 1, 2]
+    assert queue.claim("b", count=10) == []
+
+
+def test_evaluation_tasks_go_first(client: redis.Redis, run: str) -> None:
+    queue = TaskQueue(client, run)
+    queue.put([make_task(run, 0), make_task(run, 0, "eval")])
+    assert [claim.task.purpose for claim in queue.claim("a", count=10)] == ["eval", "train"]
+
+
+def test_a_finished_task_is_gone_and_frees_its_memory(client: redis.Redis, run: str) -> None:
+    queue = TaskQueue(client, run, lease_s=0.001)
+    queue.put([make_task(run, 0)])
+    queue.finish(queue.claim("a", count=1))
+    assert queue.depth() == {"train": 0, "eval": 0}
+    assert queue.claim("b", count=1, block_ms=20) == []
+    assert queue.next_index("train") == 1
+
+
+def test_an_abandoned_task_goes_to_another_actor_and_a_renewed_one_does_not(
+    client: redis.Redis, run: str
+) -> None:
+    queue = TaskQueue(client, run, lease_s=0.2)
+    queue.put([make_task(run, 0), make_task(run, 1)])
+    kept, abandoned = queue.claim("a", count=2)
+    assert queue.claim("b", count=2) == []
+    client.xclaim(abandoned.stream, "aspo", "a", 0, [abandoned.entry_id], idle=1000, justid=True)
+    client.xclaim(kept.stream, "aspo", "a", 0, [kept.entry_id], idle=1000, justid=True)
+    queue.renew("a", [kept])
+    assert [claim.task.index for claim in queue.claim("b", count=2)] == [1]
+
+
+def test_a_task_handed_back_is_taken_at_once(client: redis.Redis, run: str) -> None:
+    queue = TaskQueue(client, run, lease_s=3600)
+    queue.put([make_task(run, 0)])
+    queue.hand_back("a", queue.claim("a", count=1))
+    assert [claim.task.index for claim in queue.claim("b", count=1)] == [0]
+
+
+def test_an_entry_that_is_no_task_is_skipped(client: redis.Redis, run: str) -> None:
+    queue = TaskQueue(client, run)
+    client.xadd(f"aspo:{run}:tasks:train", {"task": b"garbage"}, id="0-1")
+    queue.put([make_task(run, 1)])
+    assert [claim.task.index for claim in queue.claim("a", count=10)] == [1]
+    assert queue.depth()["train"] == 1
+
+
+def test_rollouts_stay_until_acknowledged_and_are_replayed_to_the_next_learner(
+    client: redis.Redis, run: str
+) -> None:
+    writers = [RolloutWriter(client, run, actor) for actor in ("a", "b")]
+    for number, writer in enumerate(writers * 3):
+        writer.put(f"uid-{number}", b"payload %d" % number)
+    first = RolloutReader(client, run)
+    read = first.read(count=100)
+    assert sorted(d.payload for d in read) == [b"payload %d" % i for i in range(6)]
+    first.acknowledge(read[:2])
+    assert first.depth() == 4
+    replayed = []
+    second = RolloutReader(client, run)
+    while deliveries := second.read(count=1):
+        replayed += deliveries
+    assert sorted(d.uid for d in replayed) == sorted(d.uid for d in read[2:])
+
+
+def test_a_retried_send_adds_nothing(client: redis.Redis, run: str) -> None:
+    writer = RolloutWriter(client, run, "a")
+    writer.put("uid", b"once")
+    writer._sent -= 1  # what a lost reply looks like to the writer: it sends the same id again
+    writer.put("uid", b"once")
+    assert [d.payload for d in RolloutReader(client, run).read(count=10)] == [b"once"]
+
+
+def test_a_restarted_actor_writes_after_its_former_self(client: redis.Redis, run: str) -> None:
+    RolloutWriter(client, run, "a").put("1", b"old")
+    RolloutWriter(client, run, "a").put("2", b"new")
+    assert [d.payload for d in RolloutReader(client, run).read(count=10)] == [b"old", b"new"]
+
+
+def test_quarantine_keeps_payload_and_reason(client: redis.Redis, run: str) -> None:
+    RolloutWriter(client, run, "a").put("uid", b"bad")
+    reader = RolloutReader(client, run)
+    reader.quarantine(reader.read(count=1)[0], "nan-logprob")
+    [(_, fields)] = client.xrange(f"aspo:{run}:quarantine")
+    assert fields == {b"reason": b"nan-logprob", b"uid": b"uid", b"group": b"bad"}
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("redis://127.0.0.1:1/0", "start redis-server"),
+        ("http://127.0.0.1", "is not a Redis URL"),
+        ("redis://user:secret@127.0.0.1:1/0", "no Redis at redis://***@127.0.0.1:1/0"),
+    ],
+)
+def test_a_wrong_url_says_what_to_do(url: str, words: str) -> None:
+    with pytest.raises(QueueError, match=words.replace("*", r"\*")) as caught:
+        connect(url)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_password_never_shows() -> None:
+    assert url_without_password("redis://:pw@host:1/0") == "redis://***@host:1/0"
+    assert url_without_password("redis://host:1/0") == "redis://host:1/0"

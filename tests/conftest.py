@@ -1,0 +1,52 @@
+"""Fixtures on real parts: a redis-server on a free port, and clean runs in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+import torch
+
+from aspo.queue import connect
+from aspo_cli.processes import free_port, redis_command, wait_for_port
+
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real redis-server, shared by the session."""
+    folder, port = tmp_path_factory.mktemp("redis"), free_port()
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen(redis_command(folder, port), stdout=log, stderr=log)
+    try:
+        assert wait_for_port(port, 10.0), (folder / "log").read_text()
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        server.terminate()
+        server.wait(10)
+
+
+@pytest.fixture
+def client(redis_url: str) -> Iterator[redis.Redis]:
+    """A connection to the session's Redis."""
+    connection = connect(redis_url)
+    yield connection
+    connection.close()
+
+
+@pytest.fixture
+def run() -> str:
+    """The name of a run that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """The parent folder of runs."""
+    return tmp_path / "runs"
