@@ -252,7 +252,6 @@ def entropy_split_mask(entropy: Tensor, mask: Tensor, low_fraction: float = 0.8)
     return entropy <= entropy.nanquantile(low_fraction, dim=-1, keepdim=True)
 
 
-@torch.no_grad()
 def behavior_correction(
     proximal_logprobs: Tensor,
     behavior_logprobs: Tensor,
@@ -331,7 +330,7 @@ def aggregate(
 
 
 class _Tokens(NamedTuple):
-    """One call's inputs, harmless where masked; only `logprobs` carries a gradient."""
+    """One call's inputs, harmless where masked."""
 
     logprobs: Tensor
     log_ratio: Tensor
@@ -349,8 +348,8 @@ def _prepare(
     return _Tokens(
         logprobs=_blank(logprobs, mask),
         log_ratio=_log_ratio(logprobs, old_logprobs, mask),
-        advantages=_blank(advantages, mask).detach(),
-        correction=None if correction is None else _blank(correction, mask).detach(),
+        advantages=_blank(advantages, mask),
+        correction=None if correction is None else _blank(correction, mask),
         mask=mask,
     )
 

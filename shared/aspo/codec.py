@@ -238,7 +238,7 @@ def _pack(value: msgspec.Struct) -> bytes:
         raise CodecError("utf8", _quote(error)) from error
     except RecursionError as error:
         raise CodecError("nesting", _quote(error)) from error
-    except (TypeError, OverflowError, ValueError) as error:
+    except (TypeError, OverflowError) as error:
         raise CodecError("schema", _quote(error)) from error
 
 

@@ -385,7 +385,8 @@ def test_the_size_limit_is_inclusive_and_comes_first() -> None:
         ("schema", {"uid": DELETE}),
         ("schema", {"uid": 3}),
         ("schema", {"unheard_of": 3}),
-        ("schema", {"x" * 5000 + "\n\x1b[31m": 3}),
+        ("schema", {"x" * 5000: 3}),
+        ("schema", {"\n\x1b[31m": 3}),
         ("schema", {"actor": "a" * 129}),
         ("schema", {"purpose": "test"}),
         ("schema", {"temperature": -0.1}),
@@ -462,6 +463,14 @@ def test_counts_are_bounded() -> None:
     assert len(decode_group(many_samples(1, MAX_SPANS)).spans[0]) == MAX_SPANS
     assert refusal(decode_group, many_samples(MAX_SAMPLES + 1, 1)).code == "schema"
     assert refusal(decode_group, many_samples(1, MAX_SPANS + 1)).code == "schema"
+    for field, value in (
+        ("lengths", bytes(4 * MAX_SAMPLES + 4)),
+        ("rewards", bytes(4 * MAX_SAMPLES + 4)),
+        ("failed", bytes(MAX_SAMPLES + 1)),
+        ("finish_reasons", ["stop"] * (MAX_SAMPLES + 1)),
+        ("spans", [[]] * (MAX_SAMPLES + 1)),
+    ):
+        assert refusal(decode_group, group_with(**{field: value})).code == "schema"
     for field in ("prompt_ids", "token_ids", "behavior_logprobs"):
         data = group_with(**{field: bytes(4 * MAX_TOKENS + 4)})
         assert "length" in str(refusal(decode_group, data))

@@ -144,7 +144,10 @@ class WeightClient:
                     file.write(chunk)
                     if file.tell() > ref.size:
                         break
-        if partial.stat().st_size > ref.size:
+        received = partial.stat().st_size
+        if received < ref.size:
+            raise WeightsError(f"blob {ref.digest[:12]} was cut off after {received} of {ref.size} bytes")
+        if received > ref.size:
             partial.unlink()
             raise WeightsError(f"blob {ref.digest[:12]} is larger than its manifest says")
 

@@ -79,7 +79,7 @@ def weight_routes(store: WeightStore) -> APIRouter:
         try:
             return _manifest(store, PolicyVersion.parse(version))
         except ValueError as error:
-            raise ApiError(400, "bad_version", str(error)) from None
+            raise ApiError(400, "bad_version", str(error), "take /v1/weights/latest") from None
 
     @router.get("/v1/blobs/{digest}")
     async def blob(digest: str) -> Response:

@@ -1,0 +1,105 @@
+"""Checkpoints: bit-equal resumption, damage noticed before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import save_model
+from rollouts import make_group, write_config
+
+from aspo_learner.checkpoint import Checkpoints
+from aspo_learner.ledger import Ledger
+from aspo_learner.policy import Policy
+from aspo_learner.trainer import Trainer
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    return new_trainer(tmp_path)
+
+
+def new_trainer(tmp_path: Path) -> Trainer:
+    folder = tmp_path / "model"
+    if not folder.exists():
+        save_model(folder, hidden_size=64, layers=2)
+    config = write_config(tmp_path, model=folder, overrides=["learner.epochs=2"])
+    return Trainer(Policy(config.model, torch.device("cpu")), config)
+
+
+def train(trainer: Trainer, seeds: range) -> list[float]:
+    source = new_groups(trainer, seeds)
+    return [trainer.train_step(groups)["loss"] for groups in source]
+
+
+def new_groups(trainer: Trainer, seeds: range) -> list[list[object]]:
+    torch.manual_seed(0)
+    return [[make_group(trainer.policy.model, seed=4 * seed + i) for i in range(4)] for seed in seeds]  # type: ignore[misc]
+
+
+def test_a_resumed_run_goes_on_bit_for_bit(trainer: Trainer, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    train(trainer, range(2))
+    checkpoints.save(2, trainer.policy.model, trainer.optimizer, {"trainer": trainer.state()})
+    losses = train(trainer, range(2, 4))
+
+    resumed = new_trainer(tmp_path)
+    state = checkpoints.load(resumed.policy.model, resumed.optimizer)
+    assert state is not None
+    assert state["step"] == 2
+    resumed.load_state(state["trainer"])
+    assert train(resumed, range(2, 4)) == losses
+    for name, tensor in trainer.policy.model.state_dict().items():
+        assert torch.equal(tensor, resumed.policy.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over(
+    trainer: Trainer, tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    train(trainer, range(1))
+    for step in (1, 2):
+        checkpoints.save(step, trainer.policy.model, trainer.optimizer, {"trainer": trainer.state()})
+    path = tmp_path / "checkpoints" / "step-00000002" / file
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    elif damage == "truncate":
+        path.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    state = checkpoints.load(trainer.policy.model, trainer.optimizer)
+    assert state is not None
+    assert state["step"] == 1
+    assert "step-00000002 is damaged" in caplog.text
+
+
+def test_only_the_newest_are_kept_and_a_half_written_one_is_not_one(trainer: Trainer, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    (folder / ".partial-00000009").mkdir()
+    for step in range(4):
+        checkpoints.save(step, trainer.policy.model, trainer.optimizer, {"trainer": trainer.state()})
+    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    state = checkpoints.load(trainer.policy.model, trainer.optimizer)
+    assert state is not None
+    assert state["step"] == 3
+
+
+def test_an_empty_folder_means_a_new_run(trainer: Trainer, tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path / "none", keep=1).load(trainer.policy.model, trainer.optimizer) is None
+
+
+def test_the_ledger_is_a_set_that_stays_small() -> None:
+    ledger = Ledger()
+    for index in (0, 2, 1, 5, 1):
+        ledger.add(index)
+    assert [i for i in range(8) if i in ledger] == [0, 1, 2, 5]
+    assert len(ledger) == 4
+    assert ledger.missing_below(7) == [3, 4, 6]
+    assert ledger.state() == {"watermark": 3, "beyond": [5]}
+    assert Ledger.load(ledger.state()).missing_below(7) == [3, 4, 6]

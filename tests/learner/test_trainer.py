@@ -1,0 +1,184 @@
+"""Scoring, batching and the training step, against plain transformers and closed forms."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import save_model
+from rollouts import make_group, write_config
+
+from aspo.config import Config, ConfigError, LossConfig
+from aspo_learner.batching import micro_batches, repetition, sequences_of
+from aspo_learner.policy import Policy
+from aspo_learner.trainer import Trainer, build_loss
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", tied=request.param, hidden_size=64, layers=2)
+
+
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", hidden_size=64, layers=2)
+
+
+def make_trainer(config: Config) -> Trainer:
+    return Trainer(Policy(config.model, CPU), config)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scores_equal_the_models_own_log_softmax(
+    model_folder: Path, tmp_path: Path, temperature: float
+) -> None:
+    policy = Policy(write_config(tmp_path, model=model_folder).model, CPU)
+    groups = [make_group(policy.model, seed=seed, temperature=temperature) for seed in range(3)]
+    sequences = [s for n, g in enumerate(groups) for s in sequences_of(g, [1.0] * len(g), n)]
+    seen = []
+    for batch in micro_batches(sequences, range(len(sequences)), max_tokens=40, pad_id=0, device=CPU):
+        logprobs, entropy = policy.score(batch, temperature)
+        torch.testing.assert_close(
+            logprobs[batch.mask], batch.behavior_logprobs[batch.mask], rtol=0, atol=2e-5
+        )
+        assert (entropy[batch.mask] > 0).all()
+        assert not logprobs[~batch.mask].any()
+        assert batch.input_ids.numel() <= 40 or len(batch.indices) == 1
+        seen += batch.indices
+    assert sorted(seen) == list(range(len(sequences)))
+
+
+def test_an_update_does_not_depend_on_the_micro_batches(small_model: Path, tmp_path: Path) -> None:
+    weights = []
+    for tokens in (12, 10_000):
+        config = write_config(
+            tmp_path, model=small_model, overrides=[f"learner.micro_batch_tokens={tokens}", "run.seed=3"]
+        )
+        trainer = make_trainer(config)
+        metrics = trainer.train_step([make_group(trainer.policy.model, seed=seed) for seed in range(4)])
+        weights.append((trainer.policy.model.state_dict(), metrics))
+    for name, tensor in weights[0][0].items():
+        torch.testing.assert_close(tensor, weights[1][0][name], rtol=1e-4, atol=1e-6)
+    for name, value in weights[0][1].items():
+        assert value == pytest.approx(weights[1][1][name], rel=2e-3, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["loss.ratio_reference=proximal"],
+        ["loss.ratio_reference=proximal", "loss.behavior_correction=mask", "loss.correction_level=sequence"],
+        ["loss.kl_coefficient=0.01", "learner.epochs=3"],
+        ["loss.entropy_split_clip=true"],
+        *[[f"loss.name={name}"] for name in ("no-is", "response-mean", "ratio", "grpo", "dapo", "cispo", "gspo")],
+    ],
+    ids=lambda overrides: " ".join(overrides) or "default",
+)
+def test_training_raises_the_probability_of_rewarded_completions(
+    small_model: Path, tmp_path: Path, overrides: Sequence[str]
+) -> None:
+    trainer = make_trainer(write_config(tmp_path, model=small_model, overrides=["learner.epochs=2", *overrides]))
+    groups = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
+    metrics = trainer.train_step(groups)
+    better, worse = [], []
+    for group in groups:
+        after = rescore(trainer, group)
+        gain = after - group.behavior_logprobs
+        rewarded = np.repeat(group.rewards > 0, group.lengths)
+        better.append(gain[rewarded].mean())
+        worse.append(gain[~rewarded].mean())
+    assert np.mean(better) > np.mean(worse)
+    assert metrics["updates"] == 2 * trainer._config.epochs
+    assert np.isfinite(list(metrics.values())).all()
+
+
+def rescore(trainer: Trainer, group: object) -> np.ndarray:
+    sequences = list(sequences_of(group, [0.0] * 4, 0))  # type: ignore[arg-type]
+    scores: dict[int, np.ndarray] = {}
+    for batch in micro_batches(sequences, range(4), max_tokens=10_000, pad_id=0, device=CPU):
+        with torch.no_grad():
+            logprobs, _ = trainer.policy.score(batch, 1.0)
+        scores |= {i: logprobs[row][batch.mask[row]].numpy() for row, i in enumerate(batch.indices)}
+    return np.concatenate([scores[i] for i in range(4)])
+
+
+def test_groups_that_teach_nothing_leave_the_weights_alone(small_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(write_config(tmp_path, model=small_model))
+    before = {name: tensor.clone() for name, tensor in trainer.policy.model.state_dict().items()}
+    metrics = trainer.train_step([make_group(trainer.policy.model, rewards=[1.0] * 4)])
+    assert metrics["uninformative_fraction"] == 1
+    for name, tensor in trainer.policy.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_fresh_batch_with_one_update_is_reported_as_inert(
+    small_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = write_config(
+        tmp_path,
+        model=small_model,
+        overrides=["loss.ratio_reference=proximal", "learner.batch_prompts=2", "learner.mini_batch_prompts=2"],
+    )
+    trainer = make_trainer(config)
+    with caplog.at_level(logging.WARNING):
+        trainer.train_step([make_group(trainer.policy.model, seed=seed) for seed in range(2)])
+    assert "equals plain policy gradient" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        stale = [make_group(trainer.policy.model, seed=seed) for seed in range(2, 4)]
+        trainer.train_step(stale)
+        trainer._loss_config = trainer._loss_config.model_copy(update={"ratio_reference": "behavior"})
+        caplog.clear()
+        trainer.train_step(stale)
+    assert "equals plain policy gradient" not in caplog.text
+
+
+def test_staleness_shows_in_the_ratio_and_the_mismatch(small_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(write_config(tmp_path, model=small_model))
+    stale = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
+    trainer.train_step([make_group(trainer.policy.model, seed=seed) for seed in range(10, 14)])
+    metrics = trainer.train_step(stale)
+    assert metrics["ratio_p01"] < 0.999
+    assert metrics["ratio_max"] > 1.001
+    assert metrics["mismatch_k3"] > 0
+
+
+def test_a_non_finite_gradient_skips_the_update(small_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(write_config(tmp_path, model=small_model))
+    with torch.no_grad():
+        next(trainer.policy.model.parameters())[0, 0] = float("inf")
+    groups = [make_group(Policy(trainer_config(tmp_path, small_model).model, CPU).model, seed=s) for s in (0, 1)]
+    metrics = trainer.train_step(groups)
+    assert metrics["skipped_updates"] == 2
+    assert trainer.updates == 0
+
+
+def trainer_config(tmp_path: Path, model: Path) -> Config:
+    return write_config(tmp_path, model=model)
+
+
+def test_settings_that_a_loss_does_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"loss.dual_clip_pos: the loss 'gspo' has no such setting"):
+        build_loss(LossConfig(name="gspo", dual_clip_pos=2.0))
+    with pytest.raises(ConfigError, match="split clip"):
+        build_loss(LossConfig(name="cispo", entropy_split_clip=True))
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    config = write_config(tmp_path, model=tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"model.path .* cannot be loaded") as caught:
+        Policy(config.model, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_repetition_counts_repeated_four_grams() -> None:
+    assert repetition(np.arange(10, dtype=np.int32)) == 0
+    assert repetition(np.array([1, 2, 3], dtype=np.int32)) == 0
+    assert repetition(np.zeros(13, dtype=np.int32)) == pytest.approx(0.9)
