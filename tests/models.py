@@ -35,8 +35,8 @@ def tiny_qwen3(
 ) -> Qwen3ForCausalLM:
     """A randomly initialised Qwen3 in fp32, the same for the same arguments.
 
-    Weights are drawn wider than usual (`init_scale`), so that distributions are far from uniform and a wrong weight
-    shows up in the log-probs. Head size 32; one key-value head for every two query heads.
+    Weights are drawn wider than usual (`init_scale`), so that distributions are far from uniform and a wrong
+    weight shows up in the log-probs. Head size 32; one key-value head for every two query heads.
     """
     config = Qwen3Config(
         vocab_size=vocab_size,

@@ -40,7 +40,12 @@ checkpoint_every = 2
 
 def write_config(folder: Path, *, overrides: Sequence[str] = (), **values: Any) -> Config:
     """Write a small config to `folder/config.toml` and load it."""
-    defaults = {"run": "test", "runs": folder / "runs", "redis_url": "redis://127.0.0.1:1/0", "data": "none.jsonl"}
+    defaults = {
+        "run": "test",
+        "runs": folder / "runs",
+        "redis_url": "redis://127.0.0.1:1/0",
+        "data": "none.jsonl",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(CONFIG.format(**{**defaults, **values}))
     return load_config(folder / "config.toml", list(overrides))

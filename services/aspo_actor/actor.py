@@ -12,6 +12,7 @@ import signal
 import socket
 
 import redis
+
 from aspo.config import Config
 from aspo.http import Server, listen
 from aspo.presence import ActorStatus, announce, withdraw
@@ -19,7 +20,6 @@ from aspo.queue import connect
 from aspo.telemetry import ACTOR_METRICS, Gauges
 from aspo.weights.client import WeightClient
 from aspo.weights.manifest import Manifest, WeightsError
-
 from aspo_actor.app import build_app
 from aspo_actor.engine import RolloutEngine
 from aspo_actor.rewards.scorer import Scorer

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from fastapi import FastAPI
+from pydantic import BaseModel
+
 from aspo.config import AuthConfig
 from aspo.http import ApiError, Scope, create_app, require
 from aspo.presence import ActorStatus
 from aspo.telemetry import Gauges
 from aspo.weights.manifest import WeightsError
-from fastapi import FastAPI
-from pydantic import BaseModel
 
 
 class Synced(BaseModel):

@@ -20,6 +20,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,13 +39,26 @@ _EXTENSION = "aspo_actor.vllm_plugin.AspoWorkerExtension"
 _BACKEND = "aspo"
 
 _PROBE_LENGTH = 8
-_SHUTDOWN_S = 10.0
+_SHUTDOWN_S = 5.0
 _UPDATE_TIMEOUT_S = 900.0
 _PROBE_TIMEOUT_S = 120.0
 _OWN_ARGUMENTS = frozenset(
-    "model tokenizer dtype seed max_model_len max_num_seqs tensor_parallel_size data_parallel_size "
-    "gpu_memory_utilization logprobs_mode skip_tokenizer_init trust_remote_code worker_extension_cls "
-    "weight_transfer_config".split()
+    [
+        "model",
+        "tokenizer",
+        "dtype",
+        "seed",
+        "max_model_len",
+        "max_num_seqs",
+        "tensor_parallel_size",
+        "data_parallel_size",
+        "gpu_memory_utilization",
+        "logprobs_mode",
+        "skip_tokenizer_init",
+        "trust_remote_code",
+        "worker_extension_cls",
+        "weight_transfer_config",
+    ]
 )
 
 
@@ -112,10 +126,15 @@ class RolloutEngine:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no model at {folder}: it must be a folder with a config.json")
-        client = await asyncio.to_thread(_start_client, folder, dtype, settings, seed)
+        starter = ThreadPoolExecutor(1, "vllm-start")
+        try:
+            client = await asyncio.get_running_loop().run_in_executor(
+                starter, _start_client, folder, dtype, settings, seed
+            )
+        finally:
+            starter.shutdown(wait=False)
         engine = cls(client, version)
         try:
-            await client.collective_rpc("aspo_exit_with", args=(os.getpid(),))
             await client.update_weight_version(version)
             await engine._warm_up()
         except BaseException:
@@ -139,7 +158,13 @@ class RolloutEngine:
         return self._failure is None and not self._closed and not self._client.errored
 
     async def sample(
-        self, prompt_ids: Sequence[int], *, n: int, max_tokens: int, temperature: float, seed: int | None = None
+        self,
+        prompt_ids: Sequence[int],
+        *,
+        n: int,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None = None,
     ) -> list[Completion]:
         """Sample `n` completions of one prompt; returns when all are done, across weight updates.
 
@@ -208,6 +233,9 @@ class RolloutEngine:
         self._closed = True
         with contextlib.suppress(Exception):
             await self._client.abort(list(self._running))
+        if self._client.output_handler is not None:
+            # Else it reports the process that is about to be stopped as a crash.
+            self._client.output_handler.cancel()
         await asyncio.to_thread(self._client.shutdown, _SHUTDOWN_S)
 
     @contextlib.asynccontextmanager
@@ -307,7 +335,9 @@ class RolloutEngine:
                 f"{self._max_model_len}; raise actor.engine.max_model_len or shorten them"
             )
         if temperature != 0 and not 0.01 <= temperature <= 2.0:
-            raise ValueError(f"temperature {temperature} is not 0 or within 0.01 .. 2, all that vLLM samples at")
+            raise ValueError(
+                f"temperature {temperature} is not 0 or within 0.01 .. 2, all that vLLM samples at"
+            )
 
     def _require_healthy(self) -> None:
         if self.healthy:
@@ -323,19 +353,26 @@ class RolloutEngine:
 
 def _start_client(folder: Path, dtype: str, settings: EngineConfig, seed: int) -> AsyncLLM:
     """Import vLLM and bring an engine up; blocks for tens of seconds."""
-    for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}.items():
+    for name, value in {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }.items():
         os.environ.setdefault(name, value)
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_cpu = current_platform.is_cpu()
+    variables = {"_ASPO_ACTOR_PID": str(os.getpid())}
     arguments = _engine_arguments(folder, dtype, settings, seed, on_cpu)
     try:
         config = arguments.create_engine_config()
     except ValueError as error:
         raise ValueError(f"vLLM refuses the settings: {_one_line(error)}") from None
     try:
-        with _environment(_cpu_environment(settings.cpu_threads) if on_cpu else {}):
+        if on_cpu:
+            variables |= _cpu_environment(settings.cpu_threads, arguments.enforce_eager)
+        with _environment(variables):
             return AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
     except Exception as error:
         raise EngineError(f"vLLM did not start: {_one_line(error)}") from error
@@ -352,7 +389,8 @@ def _engine_arguments(folder: Path, dtype: str, settings: EngineConfig, seed: in
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise ValueError(
-                f"actor.engine.extra: vLLM has no argument '{name}'" + (f"; did you mean '{close[0]}'?" if close else "")
+                f"actor.engine.extra: vLLM has no argument '{name}'"
+                + (f"; did you mean '{close[0]}'?" if close else "")
             )
     defaults: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
     if on_cpu:
@@ -386,9 +424,9 @@ def _cpu_defaults(settings: EngineConfig) -> dict[str, Any]:
     return defaults
 
 
-def _cpu_environment(threads: str) -> dict[str, str]:
-    """Variables for the engine's process: its threads, and no just-in-time compiler (4 s for one small kernel)."""
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": threads, "TORCHDYNAMO_DISABLE": "1"}
+def _cpu_environment(threads: str, eager: bool) -> dict[str, str]:
+    """Variables for the engine's process: its threads and, when eager, no compiler (4 s for one small kernel)."""
+    variables = {"VLLM_CPU_OMP_THREADS_BIND": threads} | ({"TORCHDYNAMO_DISABLE": "1"} if eager else {})
     if threads == "auto":
         # Unpinned, for engines that share a host would all be pinned to the same cores.
         cores = len(os.sched_getaffinity(0))
@@ -421,7 +459,12 @@ def _params(**kwargs: Any) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        **kwargs, top_p=1.0, top_k=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        **kwargs,
+        top_p=1.0,
+        top_k=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 

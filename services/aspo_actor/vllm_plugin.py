@@ -16,6 +16,7 @@ delta, would be another field of `AspoUpdateInfo` and another branch of `receive
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -99,7 +100,10 @@ class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo
 
         Raises `WeightMismatchError` with the model untouched, or `RuntimeError` when the model is no longer whole.
         """
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
 
         self.check(update_info.files)
         initialize_layerwise_reload(self.model)
@@ -134,10 +138,6 @@ class AspoWorkerExtension:
         except WeightMismatchError as error:
             return str(error)
         return None
-
-    def aspo_exit_with(self, pid: int) -> None:
-        """Kill this engine once process `pid` is gone: vLLM's engine core outlives a killed parent."""
-        threading.Thread(target=_exit_with, args=(pid,), name="aspo-exit-with-actor", daemon=True).start()
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
@@ -193,7 +193,9 @@ def compare_specs(
         raise WeightMismatchError(f"{len(missing)} tensors are missing, among them {min(missing)}")
     unknown = update.keys() - reference.keys() - optional
     if unknown:
-        raise WeightMismatchError(f"{len(unknown)} tensors are unknown to the model, among them {min(unknown)}")
+        raise WeightMismatchError(
+            f"{len(unknown)} tensors are unknown to the model, among them {min(unknown)}"
+        )
     for name in update.keys() & reference.keys():
         got, want = update[name], reference[name]
         if got.shape != want.shape:
@@ -221,14 +223,17 @@ def _is_tied(model_config: Any) -> bool:
 
 
 def _exit_with(pid: int) -> None:
+    """Kill this engine once process `pid` is gone: vLLM's engine core outlives a killed parent."""
     engine_core = os.getpid() if os.getppid() == pid else os.getppid()
-    try:
-        poll = select.poll()
-        poll.register(os.pidfd_open(pid), select.POLLIN)
-        poll.poll()
-    except ProcessLookupError:
-        pass
+    with contextlib.suppress(ProcessLookupError):
+        watched = select.poll()
+        watched.register(os.pidfd_open(pid), select.POLLIN)
+        watched.poll()
     os.kill(engine_core, signal.SIGKILL)
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, AspoWeightTransferEngine)
+
+_actor = os.environ.get("_ASPO_ACTOR_PID")
+if _actor is not None and _actor != str(os.getpid()):
+    threading.Thread(target=_exit_with, args=(int(_actor),), name="exit-with-actor", daemon=True).start()

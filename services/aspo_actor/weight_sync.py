@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from aspo.schemas import PolicyVersion
 from aspo.weights.client import VersionGone, WeightClient
 from aspo.weights.manifest import Manifest, WeightsError
-
 from aspo_actor.engine import RolloutEngine
 
 log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ class WeightSync:
         files = await self._client.pull(manifest)
         self.stats.pull_seconds = time.monotonic() - started
         timings = await self._engine.apply_weights(files, manifest.version)
-        self.stats.pause_seconds = timings.pause_seconds
+        self.stats.pause_seconds = timings.pause_s + timings.apply_s
         self.stats.syncs += 1
         self._client.forget_all_but(manifest)
         async with self._applied:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import redis
+
 from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
-
 from aspo_actor.engine import Completion, RolloutEngine
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync

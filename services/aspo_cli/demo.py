@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from aspo.errors import AspoError
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from aspo.errors import AspoError
 from aspo_cli import demo_model, status
 from aspo_cli.demo_task import MAX_COMPLETION_TOKENS
 from aspo_cli.processes import PartFailed, Processes, free_port, redis_command, wait_for_port

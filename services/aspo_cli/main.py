@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from aspo.errors import AspoError
 
 USER_ERROR = 2

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 import urllib.error
 import urllib.request
 from typing import Any
 
-from aspo.config import ConfigError
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from aspo.config import ConfigError
 
 REFRESH_S = 1.0
 Status = dict[str, Any]
@@ -70,7 +72,8 @@ def _run_table(status: Status) -> Table:
     metrics = status["metrics"]
     mean, worst = _number(metrics.get("staleness_mean"), 1), _number(metrics.get("staleness_max"), 0)
     tasks, groups = _number(metrics.get("queue_tasks"), 0), _number(metrics.get("queue_rollouts"), 0)
-    table = Table(title=f"run {status['run']}: {status['phase']}", title_justify="left", title_style="bold")
+    title = f"run {status['run']}: {status['phase']}"
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     cells = {
         "step": f"{status['step']}/{status['steps']}",
         "version": status["version"] or "-",
@@ -82,9 +85,10 @@ def _run_table(status: Status) -> Table:
         "queue": f"{tasks} tasks, {groups} groups",
         "learner idle": f"{status['idle_fraction']:.0%}",
     }
-    for name in cells:
-        table.add_column(name, justify="right")
-    table.add_row(*cells.values())
+    rows = list(cells.items())
+    half = (len(rows) + 1) // 2
+    for left, right in itertools.zip_longest(rows[:half], rows[half:], fillvalue=("", "")):
+        table.add_row(Text(left[0], style="dim"), left[1], Text(right[0], style="dim"), right[1])
     return table
 
 
@@ -92,17 +96,7 @@ def _actor_table(actors: list[Status]) -> Table | Text:
     if not actors:
         return Text("no actor is alive; start one with: aspo actor --config FILE", style="yellow")
     table = Table()
-    for name in (
-        "actor",
-        "state",
-        "version",
-        "tokens/s",
-        "groups",
-        "in flight",
-        "syncs",
-        "pause ms",
-        "reward failures",
-    ):
+    for name in ("actor", "state", "version", "tokens/s", "groups", "flying", "syncs", "pause", "failed"):
         table.add_column(name, justify="left" if name in ("actor", "state", "version") else "right")
     for actor in actors:
         table.add_row(

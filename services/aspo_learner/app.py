@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
+from fastapi import FastAPI
+from pydantic import BaseModel
+
 from aspo.config import AuthConfig
 from aspo.http import Scope, create_app, require
 from aspo.presence import ActorStatus
 from aspo.telemetry import Gauges
 from aspo.weights.server import weight_routes
 from aspo.weights.store import WeightStore
-from fastapi import FastAPI
-from pydantic import BaseModel
 
 
 class LearnerStatus(BaseModel):

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
 from torch import Tensor
+
+from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
 
 
 @dataclass(frozen=True, eq=False, slots=True)

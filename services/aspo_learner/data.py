@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from aspo.config import ConfigError, DataConfig
 
 log = logging.getLogger(__name__)

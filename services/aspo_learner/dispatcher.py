@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from aspo.config import Config
 from aspo.queue import TaskQueue
 from aspo.schemas import Purpose, Task
-
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.ledger import Ledger
 

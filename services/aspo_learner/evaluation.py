@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+
 from aspo.config import Config
 from aspo.queue import TaskQueue
 from aspo.schemas import RolloutGroup, Task
-
 from aspo_learner.data import Prompt
 from aspo_learner.dispatcher import task_uid
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from aspo.codec import CodecError, decode_group, validate_group
 from aspo.queue import Delivery, RolloutReader
 from aspo.schemas import PolicyVersion, RolloutGroup
-
 from aspo_learner.batching import staleness_of
 from aspo_learner.dispatcher import task_index
 from aspo_learner.ledger import Ledger

@@ -8,12 +8,14 @@ The order is train -> durable checkpoint -> acknowledge; publishing may run ahea
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
 from aspo.config import Config, ConfigError
 from aspo.http import Server, listen
 from aspo.presence import present
@@ -21,7 +23,6 @@ from aspo.queue import RolloutReader, TaskQueue, connect
 from aspo.schemas import RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.weights.store import WeightStore
-
 from aspo_learner.app import Controls, LearnerStatus, build_app
 from aspo_learner.batching import repetition, staleness_of
 from aspo_learner.checkpoint import Checkpoints
@@ -163,7 +164,9 @@ class Learner:
             log.info("stopping as told, at step %d", self.step)
         elif self.step >= self.config.learner.steps:
             log.info("all %d steps are done", self.step)
-        elif target is not None and accuracy is not None and accuracy >= target:
+        elif self.step < self.config.eval.min_steps or target is None or accuracy is None:
+            return False
+        elif accuracy >= target:
             log.info("held-out accuracy %.3f has reached %.3f at step %d", accuracy, target, self.step)
         else:
             return False

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from aspo.config import ConfigError, ModelConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from aspo.config import ConfigError, ModelConfig
 from aspo_learner.batching import MicroBatch
 from aspo_learner.head import token_logprobs_and_entropy
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import redis
+
 from aspo.schemas import PolicyVersion
 from aspo.weights.store import WeightStore
-
 from aspo_learner.policy import Policy
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from aspo.config import Config
 from aspo.presence import ActorStatus
-
 from aspo_learner.policy import Policy
 from aspo_learner.publisher import Publisher
 

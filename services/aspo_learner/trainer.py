@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from aspo.config import Config, ConfigError, LossConfig
-from aspo.schemas import RolloutGroup
 from torch import Tensor
 
+from aspo.config import Config, ConfigError, LossConfig
+from aspo.schemas import RolloutGroup
 from aspo_learner import losses
 from aspo_learner.advantages import group_advantages, is_informative
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of

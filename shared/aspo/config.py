@@ -31,6 +31,7 @@ ENV_DELIMITER = "__"
 TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the services
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -47,9 +48,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """What is being run and where it is kept."""
 
-    name: str = Field(
-        "default", pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Names versions, keys and folders."
-    )
+    name: Name = Field("default", description="Names versions, keys and folders.")
     dir: Path = Field(Path("runs"), description="Parent folder of the run's folder.")
     seed: int = Field(0, ge=0, description="Seeds data order, the learner and the sampling of every task.")
 
@@ -104,6 +103,7 @@ class EvalConfig(Section):
     every: int = Field(20, ge=1, description="Learner steps between evaluations.")
     max_prompts: int = Field(256, ge=1, description="Prompts used during training; before and after use all.")
     stop_accuracy: Fraction | None = Field(None, description="Stop training once an evaluation reaches this.")
+    min_steps: int = Field(0, ge=0, description="But not before this many steps.")
 
 
 class SamplingConfig(Section):
@@ -218,9 +218,7 @@ class EngineConfig(Section):
 class ActorConfig(Section):
     """An actor: where it finds the learner and how much it takes on."""
 
-    id: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9._-]{1,64}$", description="Unset: host name and process id."
-    )
+    id: Name | None = Field(None, description="Unset: host name and process id.")
     learner_url: str = Field(
         "http://127.0.0.1:8000", pattern=r"^https?://", description="Where the weights come from."
     )

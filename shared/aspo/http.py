@@ -88,6 +88,7 @@ def create_app(
     """Make the FastAPI app with probes, `/metrics` and error answers; `ready` returns why not, or None."""
     app = FastAPI(title=f"ASPO {name}", version="1", responses={"default": {"model": ErrorBody}})
     app.state.auth = auth
+    app.state.closing = asyncio.Event()  # set when the server is told to stop: long-polls answer then
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
 
@@ -188,7 +189,8 @@ class Server:
     """uvicorn in a thread of its own, so that the caller's thread can train; use as a context manager."""
 
     def __init__(self, app: FastAPI, listener: socket.socket) -> None:
-        self._listener = listener
+        self._app, self._listener = app, listener
+        self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=2
         )
@@ -203,6 +205,7 @@ class Server:
     def _run(self) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
+            self._loop = runner.get_loop()
             runner.run(self._server.serve(sockets=[self._listener]))
 
     def __enter__(self) -> Self:
@@ -213,6 +216,8 @@ class Server:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._server.should_exit = True
+        if self._loop is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._app.state.closing.set)
         self._thread.join(timeout=10)
 
 

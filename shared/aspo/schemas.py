@@ -31,7 +31,7 @@ class PolicyVersion:
     step: int
     run: str
 
-    _PATTERN = re.compile(r"([A-Za-z0-9._-]{1,64})/(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")
+    _PATTERN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})/(0|[1-9][0-9]{0,8})/(0|[1-9][0-9]{0,8})")
 
     def __str__(self) -> str:
         return f"{self.run}/{self.epoch}/{self.step}"

@@ -8,6 +8,10 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
+from blake3 import blake3
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from aspo.codec import (
     MAX_GROUP_BYTES,
     MAX_SAMPLES,
@@ -24,9 +28,6 @@ from aspo.codec import (
     validate_group,
 )
 from aspo.schemas import SCHEMA_VERSION, PolicyVersion, RolloutGroup, Task, VersionSpan
-from blake3 import blake3
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 FUZZ = settings(max_examples=100, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 HEADER_BYTES = 32

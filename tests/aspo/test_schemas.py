@@ -2,12 +2,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from aspo.schemas import PolicyVersion, RolloutGroup, VersionSpan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aspo.schemas import PolicyVersion, RolloutGroup, VersionSpan
+
 numbers = st.integers(0, 10**9 - 1)
-runs = st.text("abcXYZ019._-", min_size=1, max_size=64)
+runs = st.from_regex(r"[aZ0][aZ0._-]{0,63}", fullmatch=True)
 
 
 @given(runs, numbers, numbers)

@@ -7,9 +7,10 @@ import statistics
 
 import pytest
 import torch
-from aspo_learner.advantages import group_advantages, is_informative, overlong_penalty
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from aspo_learner.advantages import group_advantages, is_informative, overlong_penalty
 
 rewards_of_a_group = st.lists(st.floats(-2, 2), min_size=2, max_size=16)
 

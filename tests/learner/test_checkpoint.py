@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import save_model
-from rollouts import make_group, write_config
 
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy
 from aspo_learner.trainer import Trainer
+from models import save_model
+from rollouts import make_group, write_config
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import save_model
-from rollouts import make_group, write_config
 
 from aspo.config import Config, ConfigError, LossConfig
 from aspo_learner.batching import micro_batches, repetition, sequences_of
 from aspo_learner.policy import Policy
 from aspo_learner.trainer import Trainer, build_loss
+from models import save_model
+from rollouts import make_group, write_config
 
 CPU = torch.device("cpu")
 
@@ -77,14 +77,19 @@ def test_an_update_does_not_depend_on_the_micro_batches(small_model: Path, tmp_p
         ["loss.ratio_reference=proximal", "loss.behavior_correction=mask", "loss.correction_level=sequence"],
         ["loss.kl_coefficient=0.01", "learner.epochs=3"],
         ["loss.entropy_split_clip=true"],
-        *[[f"loss.name={name}"] for name in ("no-is", "response-mean", "ratio", "grpo", "dapo", "cispo", "gspo")],
+        *[
+            [f"loss.name={name}"]
+            for name in ("no-is", "response-mean", "ratio", "grpo", "dapo", "cispo", "gspo")
+        ],
     ],
     ids=lambda overrides: " ".join(overrides) or "default",
 )
 def test_training_raises_the_probability_of_rewarded_completions(
     small_model: Path, tmp_path: Path, overrides: Sequence[str]
 ) -> None:
-    trainer = make_trainer(write_config(tmp_path, model=small_model, overrides=["learner.epochs=2", *overrides]))
+    trainer = make_trainer(
+        write_config(tmp_path, model=small_model, overrides=["learner.epochs=2", *overrides])
+    )
     groups = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
     metrics = trainer.train_step(groups)
     better, worse = [], []
@@ -124,7 +129,11 @@ def test_a_fresh_batch_with_one_update_is_reported_as_inert(
     config = write_config(
         tmp_path,
         model=small_model,
-        overrides=["loss.ratio_reference=proximal", "learner.batch_prompts=2", "learner.mini_batch_prompts=2"],
+        overrides=[
+            "loss.ratio_reference=proximal",
+            "learner.batch_prompts=2",
+            "learner.mini_batch_prompts=2",
+        ],
     )
     trainer = make_trainer(config)
     with caplog.at_level(logging.WARNING):
@@ -154,7 +163,9 @@ def test_a_non_finite_gradient_skips_the_update(small_model: Path, tmp_path: Pat
     trainer = make_trainer(write_config(tmp_path, model=small_model))
     with torch.no_grad():
         next(trainer.policy.model.parameters())[0, 0] = float("inf")
-    groups = [make_group(Policy(trainer_config(tmp_path, small_model).model, CPU).model, seed=s) for s in (0, 1)]
+    groups = [
+        make_group(Policy(trainer_config(tmp_path, small_model).model, CPU).model, seed=s) for s in (0, 1)
+    ]
     metrics = trainer.train_step(groups)
     assert metrics["skipped_updates"] == 2
     assert trainer.updates == 0

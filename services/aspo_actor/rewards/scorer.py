@@ -14,10 +14,11 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from aspo.config import ConfigError, RewardConfig
-from aspo.schemas import FloatArray
 from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
+
+from aspo.config import ConfigError, RewardConfig
+from aspo.schemas import FloatArray
 
 log = logging.getLogger(__name__)
 RewardFunction = Callable[..., float]

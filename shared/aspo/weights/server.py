@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, Response
 
 from aspo.http import ApiError, Scope, require
@@ -38,19 +38,19 @@ class _Latest:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
-    async def other_than(self, have: str | None, wait_s: float) -> PolicyVersion | None:
-        """The latest version once it is not `have`; None when nothing came in `wait_s` seconds."""
+    async def other_than(
+        self, have: str | None, wait_s: float, closing: asyncio.Event
+    ) -> PolicyVersion | None:
+        """The latest version once it is not `have`; None after `wait_s` seconds or when the server closes."""
         self._loop = asyncio.get_running_loop()
-        deadline = self._loop.time() + wait_s
-        while True:
-            moved, latest = self._moved, self._store.latest()
-            if latest is not None and str(latest) != have:
-                return latest
-            try:
-                async with asyncio.timeout_at(deadline):
-                    await moved.wait()
-            except TimeoutError:
-                return None
+        moved, latest = self._moved, self._store.latest()
+        if latest is None or str(latest) == have:
+            signals = [asyncio.create_task(event.wait()) for event in (moved, closing)]
+            await asyncio.wait(signals, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            for signal in signals:
+                signal.cancel()
+            latest = self._store.latest()
+        return None if latest is None or str(latest) == have else latest
 
 
 def weight_routes(store: WeightStore) -> APIRouter:
@@ -60,13 +60,14 @@ def weight_routes(store: WeightStore) -> APIRouter:
 
     @router.get("/v1/weights/latest")
     async def latest(
+        request: Request,
         have: Annotated[str | None, Query(max_length=100, description="The version the caller runs")] = None,
         wait: Annotated[float, Query(ge=0, le=MAX_WAIT_S, description="Seconds to wait for another")] = 0.0,
         if_none_match: Annotated[str | None, Header()] = None,
     ) -> Response:
         """The manifest of the latest version; 304 while it is the one the caller has."""
         known = have or (if_none_match or "").strip('"') or None
-        version = await latest_version.other_than(known, wait)
+        version = await latest_version.other_than(known, wait, request.app.state.closing)
         if version is None and store.latest() is None:
             raise ApiError(404, "no_version", "no version is published yet", "wait with ?wait=30")
         if version is None:

@@ -180,7 +180,9 @@ def test_a_version_never_changes(store: WeightStore) -> None:
         store.put(version(0), tensors(0), FILES)
 
 
-def test_a_restarted_learner_serves_what_its_former_self_published(store: WeightStore, tmp_path: Path) -> None:
+def test_a_restarted_learner_serves_what_its_former_self_published(
+    store: WeightStore, tmp_path: Path
+) -> None:
     manifest = store.put(version(0), tensors(0), FILES)
     again = WeightStore(tmp_path / "weights", keep=3)
     assert again.latest() == version(0)
@@ -294,7 +296,9 @@ async def test_tokens_guard_the_routes_by_scope(store: WeightStore, serve: Calla
                 assert response.status == 200
 
 
-async def test_an_unreachable_learner_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_learner_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("aspo.weights.client.RETRIES", 2)
     async with WeightClient("http://127.0.0.1:1", tmp_path / "cache") as client:
         with pytest.raises(WeightsError, match=r"127\.0\.0\.1:1/v1/weights/latest.*after 2 tries"):

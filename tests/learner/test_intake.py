@@ -1,0 +1,250 @@
+"""Tasks out and rollouts in, over a real Redis: credits, admission, duplicates, quarantine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+
+from aspo.codec import encode_group
+from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
+from aspo.schemas import PolicyVersion, RolloutGroup
+from aspo_learner.data import Prompt, PromptOrder
+from aspo_learner.dispatcher import Dispatcher, task_index, task_uid
+from aspo_learner.evaluation import Evaluator
+from aspo_learner.intake import Intake, Limits
+from aspo_learner.ledger import Ledger
+from aspo_learner.policy import load_model
+from models import save_model
+from rollouts import make_group, write_config
+
+PROMPTS = [Prompt([2, 3, i], {"answer": str(i)}) for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load_model(str(save_model(tmp_path_factory.mktemp("model"), hidden_size=64, layers=1)))
+
+
+@pytest.fixture
+def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
+    def make(
+        ledger: Ledger | None = None, on_eval: Callable[[RolloutGroup], None] = lambda group: None
+    ) -> Intake:
+        limits = Limits(
+            run=run,
+            vocab_size=16,
+            max_tokens=6,
+            max_prompt_tokens=10,
+            max_entry_bytes=2**20,
+            max_staleness=2,
+        )
+        return Intake(RolloutReader(client, run), Ledger() if ledger is None else ledger, limits, on_eval)
+
+    return make
+
+
+@pytest.fixture
+def send(client: redis.Redis, run: str, model: Any) -> Callable[..., RolloutGroup]:
+    writer = RolloutWriter(client, run, "actor")
+
+    def put(index: int, *, step: int = 5, **changes: Any) -> RolloutGroup:
+        uid = task_uid(run, "train", index)
+        group = make_group(model, uid=uid, version=f"{run}/1/{step}", seed=index)
+        group = dataclasses.replace(group, **changes)
+        writer.put(group.uid, encode_group(group))
+        return group
+
+    return put
+
+
+def current(run: str, step: int = 5) -> PolicyVersion:
+    return PolicyVersion(epoch=1, step=step, run=run)
+
+
+def test_a_batch_is_given_once_it_is_whole_oldest_first(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], run: str
+) -> None:
+    intake = new_intake()
+    for index in (2, 0):
+        send(index)
+    intake.pump(current(run), 0.01)
+    assert intake.take(3, current(run)) is None
+    send(1)
+    intake.pump(current(run), 0.01)
+    batch = intake.take(3, current(run))
+    assert batch is not None
+    assert [group.uid for group in batch] == [task_uid(run, "train", i) for i in range(3)]
+
+
+def test_nothing_is_acknowledged_before_the_checkpoint(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], run: str
+) -> None:
+    ledger = Ledger()
+    intake = new_intake(ledger)
+    for index in range(3):
+        send(index)
+    intake.pump(current(run), 0.01)
+    assert intake.take(2, current(run)) is not None
+
+    crashed = new_intake(Ledger())  # the checkpoint of a learner that had trained nothing
+    crashed.pump(current(run), 0.01)
+    assert crashed.ready == 3
+
+    intake.acknowledge()
+    later = new_intake(Ledger.load(ledger.state()))
+    later.pump(current(run), 0.01)
+    assert later.ready == 1
+    assert later.ended == {}
+
+
+def test_a_group_that_comes_twice_is_trained_once(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], run: str
+) -> None:
+    intake = new_intake()
+    for _ in range(2):
+        send(0)
+    intake.pump(current(run), 0.01)
+    assert intake.ready == 1
+    assert intake.take(1, current(run)) is not None
+    send(0)
+    intake.pump(current(run), 0.01)
+    assert intake.ready == 0
+    assert intake.ended == {"duplicate": 2}
+
+
+def test_groups_past_the_staleness_bound_are_dropped_and_counted(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], run: str
+) -> None:
+    ledger = Ledger()
+    intake = new_intake(ledger)
+    for index, step in enumerate((2, 3, 5)):
+        send(index, step=step)
+    intake.pump(current(run), 0.01)
+    batch = intake.take(2, current(run, 5))
+    assert batch is not None
+    assert len(batch) == 2
+    assert intake.ended == {"stale": 1}
+    assert ledger.state() == {"watermark": 3, "beyond": []}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"behavior_logprobs": lambda g: np.full_like(g.behavior_logprobs, np.nan)}, "nan-logprob"),
+        ({"behavior_logprobs": lambda g: np.full_like(g.behavior_logprobs, 0.5)}, "positive-logprob"),
+        ({"token_ids": lambda g: np.full_like(g.token_ids, 16)}, "token-out-of-range"),
+        ({"rewards": lambda g: np.full_like(g.rewards, np.inf)}, "bad-reward"),
+        ({"uid": lambda g: "other:train:0"}, "foreign-uid"),
+        ({"step": 6}, "future-version"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_poison_is_set_aside_with_its_reason(
+    new_intake: Callable[..., Intake],
+    send: Callable[..., RolloutGroup],
+    client: redis.Redis,
+    run: str,
+    model: Any,
+    changes: dict[str, Any],
+    reason: str,
+) -> None:
+    good = make_group(model, uid=task_uid(run, "train", 0), version=f"{run}/1/5", seed=0)
+    intake = new_intake()
+    send(0, **{key: value(good) if callable(value) else value for key, value in changes.items()})
+    intake.pump(current(run), 0.01)
+    assert intake.ready == 0
+    assert intake.ended == {reason: 1}
+    [(_, fields)] = client.xrange(f"aspo:{run}:quarantine")
+    assert fields[b"reason"].decode().startswith(reason)
+
+
+def test_bytes_that_are_no_group_are_set_aside(
+    new_intake: Callable[..., Intake], client: redis.Redis, run: str
+) -> None:
+    ledger = Ledger()
+    RolloutWriter(client, run, "hostile").put(task_uid(run, "train", 0), b"\xff" * 100)
+    intake = new_intake(ledger)
+    intake.pump(current(run), 0.01)
+    assert intake.ended == {"undecodable": 1}
+    assert 0 in ledger
+
+
+def test_tasks_out_never_exceed_the_staleness_bound(client: redis.Redis, run: str, tmp_path: Path) -> None:
+    config = write_config(
+        tmp_path,
+        model="m",
+        run=run,
+        overrides=["learner.max_staleness=2", "learner.batch_prompts=3", "learner.mini_batch_prompts=3"],
+    )
+    queue, ledger = TaskQueue(client, run), Ledger()
+    dispatcher = Dispatcher(queue, PROMPTS, config, ledger)
+    dispatcher.top_up(remaining_steps=100)
+    assert dispatcher.outstanding == queue.depth()["train"] == 9
+    dispatcher.top_up(remaining_steps=100)
+    assert dispatcher.outstanding == 9
+    for index in (0, 1, 4):
+        ledger.add(index)
+    dispatcher.top_up(remaining_steps=100)
+    assert dispatcher.cursor == 12
+    for index in range(12):
+        ledger.add(index)
+    dispatcher.top_up(remaining_steps=1)
+    assert dispatcher.cursor == 15
+
+
+def test_a_restarted_learner_asks_for_nothing_twice_and_for_what_redis_lost(
+    client: redis.Redis, run: str, tmp_path: Path
+) -> None:
+    config = write_config(tmp_path, model="m", run=run)
+    Dispatcher(TaskQueue(client, run), PROMPTS, config, Ledger()).top_up(100)
+    asked = [claim.task for claim in TaskQueue(client, run).claim("a", count=100)]
+
+    # From an older checkpoint: the same indices again change nothing.
+    again = Dispatcher(TaskQueue(client, run), PROMPTS, config, Ledger(), cursor=4)
+    again.top_up(100)
+    assert TaskQueue(client, run).claim("b", count=100) == []
+
+    client.delete(f"aspo:{run}:tasks:train")
+    ledger = Ledger()
+    ledger.add(1)
+    Dispatcher(TaskQueue(client, run), PROMPTS, config, ledger, cursor=len(asked))
+    found = [claim.task for claim in TaskQueue(client, run).claim("c", count=100)]
+    assert found == [task for task in asked if task.index != 1]
+
+
+def test_every_pass_over_the_prompts_is_a_new_seeded_permutation() -> None:
+    order, same = PromptOrder(PROMPTS, seed=1), PromptOrder(PROMPTS, seed=1)
+    passes = [[order[5 * n + i].reward_inputs["answer"] for i in range(5)] for n in range(3)]
+    assert all(sorted(answers) == list("01234") for answers in passes)
+    assert passes[0] != passes[1] or passes[1] != passes[2]
+    assert [same[i].reward_inputs["answer"] for i in range(10, 15)] == passes[2]
+
+
+def test_an_evaluation_ends_with_its_last_answer(
+    client: redis.Redis, run: str, tmp_path: Path, model: Any
+) -> None:
+    config = write_config(tmp_path, model="m", run=run)
+    evaluator = Evaluator(TaskQueue(client, run), PROMPTS, config)
+    evaluator.start(f"{run}/1/3", count=2)
+    tasks = [claim.task for claim in TaskQueue(client, run).claim("a", count=100)]
+    assert [(t.temperature, t.group_size, t.min_version) for t in tasks] == [(0.0, 1, f"{run}/1/3")] * 2
+    answers = [make_group(model, uid=t.uid, size=1, rewards=[i]) for i, t in enumerate(tasks)]
+    assert evaluator.take(answers[0]) is None
+    assert evaluator.take(answers[0]) is None
+    assert evaluator.take(answers[1]) == 0.5
+    assert not evaluator.running
+    # A later learner must not reuse the indices, for their stream ids are spent.
+    Evaluator(TaskQueue(client, run), PROMPTS, config).start(f"{run}/2/3", count=1)
+    assert len(TaskQueue(client, run).claim("a", count=100)) == 1
+
+
+def test_a_uid_says_whose_task_it_is() -> None:
+    assert task_index(task_uid("r", "train", 7), "r", "train") == 7
+    for uid in ("r:eval:7", "s:train:7", "r:train:x", "r:train:-1", "", ":"):
+        assert task_index(uid, "r", "train") is None
