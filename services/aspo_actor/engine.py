@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import itertools
 import os
 import time
@@ -126,13 +127,12 @@ class RolloutEngine:
         folder = Path(model)
         if not (folder / "config.json").is_file():
             raise ValueError(f"no model at {folder}: it must be a folder with a config.json")
-        starter = ThreadPoolExecutor(1, "vllm-start")
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "vllm-start")
         try:
-            client = await asyncio.get_running_loop().run_in_executor(
-                starter, _start_client, folder, dtype, settings, seed
-            )
+            await loop.run_in_executor(thread, _import_vllm)
+            client = await loop.run_in_executor(thread, _start_client, folder, dtype, settings, seed)
         finally:
-            starter.shutdown(wait=False)
+            thread.shutdown(wait=False)
         engine = cls(client, version)
         try:
             await client.update_weight_version(version)
@@ -351,14 +351,19 @@ class RolloutEngine:
             await self._client.abort(list(self._running))
 
 
+def _import_vllm() -> None:
+    """Import vLLM, quiet unless its own variables say otherwise; takes some 9 s.
+
+    A call of its own, for vLLM keeps tracebacks from its imports, and with them the locals of whoever imports it.
+    """
+    for name in ("VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    importlib.import_module("vllm.v1.engine.async_llm")
+
+
 def _start_client(folder: Path, dtype: str, settings: EngineConfig, seed: int) -> AsyncLLM:
-    """Import vLLM and bring an engine up; blocks for tens of seconds."""
-    for name, value in {
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }.items():
-        os.environ.setdefault(name, value)
+    """Bring an engine up in a process of its own; takes some 7 s and the time to read the model."""
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
 

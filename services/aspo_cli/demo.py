@@ -23,7 +23,7 @@ from aspo_cli.processes import PartFailed, Processes, free_port, redis_command, 
 
 FAILED = 1
 INTERRUPTED = 130
-TARGET_ACCURACY = 0.93
+TARGET_ACCURACY = 0.95
 CONFIG = """\
 # The demo is one config among others; see README.md for what the keys mean.
 [run]
@@ -44,8 +44,9 @@ path = {train}
 [eval]
 path = {held_out}
 every = 5
-max_prompts = 256
+max_prompts = 512
 stop_accuracy = {target}
+min_steps = 50
 
 [sampling]
 group_size = 8
@@ -63,14 +64,14 @@ ratio_reference = "behavior"
 [learner]
 threads = {learner_threads}
 port = {learner_port}
-steps = 400
+steps = 200
 batch_prompts = 32
 mini_batch_prompts = 32
 learning_rate = 1e-4
 warmup_updates = 10
 betas = [0.9, 0.99]
 weight_decay = 0.0
-micro_batch_tokens = 4096
+micro_batch_tokens = 2816
 max_staleness = 4
 
 [actor]

@@ -17,10 +17,11 @@ from torch.nn import functional as F
 
 from aspo_cli.demo_task import CHARACTERS, EOS, PAD, demonstrate, make_problem
 
-FORGET = 0.8
-WARM_STEPS = 300
+FORGET = 0.75
+WARM_STEPS = 360
 WARM_BATCH = 32
 WARM_LEARNING_RATE = 2e-3
+WARM_UP, COOL_DOWN, FINAL_SHARE = 10, 60, 0.05
 TRAINING_PROBLEMS = 20_000
 HELD_OUT_PROBLEMS = 512
 
@@ -71,7 +72,7 @@ def _new_model(tokenizer: Any) -> Any:
         intermediate_size=512,
         num_hidden_layers=3,
         num_attention_heads=4,
-        num_key_value_heads=4,
+        num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=128,
         tie_word_embeddings=True,
@@ -82,11 +83,19 @@ def _new_model(tokenizer: Any) -> Any:
     return Qwen3ForCausalLM(config)
 
 
+def _rate(step: int) -> float:
+    """Share of the learning rate at a step: linear up, constant, linear down."""
+    cooling = max(0.0, (step - (WARM_STEPS - COOL_DOWN)) / COOL_DOWN)
+    return min(1.0, (step + 1) / WARM_UP) * (1.0 - (1.0 - FINAL_SHARE) * cooling)
+
+
 def _warm_start(model: Any, tokenizer: Any, seed: int) -> Iterator[float]:
     """Supervised steps on demonstrations, the loss on the completions alone."""
     rng = random.Random(seed + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=WARM_LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, WARM_LEARNING_RATE, total_steps=WARM_STEPS)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=WARM_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _rate)
     for _ in range(WARM_STEPS):
         prompts = [make_problem(rng, held_out=False)["prompt"] for _ in range(WARM_BATCH)]
         texts = [prompt + demonstrate(prompt, rng, forget=FORGET) + EOS for prompt in prompts]

@@ -1,4 +1,4 @@
-"""The demo's task: add two numbers of 2 to 4 digits, column by column.
+"""The demo's task: add two numbers of 2 or 3 digits, column by column.
 
     prompt      37+485=
     completion  7+5+0=12,3+8+1=12,0+4+1=05,#522<eos>
@@ -15,7 +15,7 @@ from typing import Any
 
 CHARACTERS = "0123456789+=,#"
 PAD, EOS = "<pad>", "<eos>"
-MIN_DIGITS, MAX_DIGITS = 2, 4
+MIN_DIGITS, MAX_DIGITS = 2, 3
 MAX_COMPLETION_TOKENS = 48
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +18,7 @@ from rich.text import Text
 from aspo.config import ConfigError
 
 REFRESH_S = 1.0
+PIPE_WIDTH = 120  # columns of the table where there is no terminal to ask
 Status = dict[str, Any]
 
 
@@ -43,7 +45,7 @@ def fetch_status(url: str, token: str | None = None, timeout_s: float = 5.0) -> 
 
 def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> None:
     """Print the status; with `watch`, refresh it until Ctrl-C."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     status = fetch_status(url, token)
     if as_json:
         console.print_json(data=status)
@@ -97,7 +99,8 @@ def _actor_table(actors: list[Status]) -> Table | Text:
         return Text("no actor is alive; start one with: aspo actor --config FILE", style="yellow")
     table = Table()
     for name in ("actor", "state", "version", "tokens/s", "groups", "flying", "syncs", "pause", "failed"):
-        table.add_column(name, justify="left" if name in ("actor", "state", "version") else "right")
+        text = name in ("actor", "state", "version")
+        table.add_column(name, justify="left" if text else "right", no_wrap=True, overflow="ellipsis")
     for actor in actors:
         table.add_row(
             Text(actor["id"]),

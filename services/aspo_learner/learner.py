@@ -310,6 +310,7 @@ class Learner:
         }
         if self._history.accuracy is not None:
             metrics["accuracy"] = self._history.accuracy
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._history.add(
             metrics, rollouts=int(self.config.learner.batch_prompts * self.config.sampling.group_size)
         )

@@ -1,0 +1,191 @@
+"""The whole loop in real processes, on another task than the demo's: Redis, learner, vLLM actor, HTTP."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from models import char_tokenizer, save_model
+from services import Service, wait_until
+
+from aspo.config import ConfigError
+from aspo_cli.processes import free_port
+from aspo_cli.status import fetch_status
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
+
+REWARD = """
+def sevens(completion, *, wanted, **columns):
+    return completion.count(wanted) / max(1, len(completion))
+"""
+CONFIG = """
+[run]
+name = "sevens"
+[redis]
+url = "{redis_url}"
+[model]
+path = "start"
+dtype = "float32"
+[data]
+path = "questions.parquet"
+prompt_column = "messages"
+reward_columns = ["wanted"]
+[eval]
+path = "questions.parquet"
+every = 4
+max_prompts = 8
+[sampling]
+group_size = 8
+max_tokens = 12
+[reward]
+function = "my_reward:sevens"
+concurrency = 1
+[learner]
+threads = 1
+port = {port}
+steps = 12
+batch_prompts = 4
+mini_batch_prompts = 4
+learning_rate = 3e-3
+warmup_updates = 0
+weight_decay = 0.0
+max_staleness = 2
+checkpoint_every = 4
+[actor]
+id = "actor-0"
+port = 0
+learner_url = "http://127.0.0.1:{port}"
+[actor.engine]
+max_num_seqs = 32
+max_model_len = 64
+cpu_kv_cache_gib = 0.1
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Path:
+    """What a user brings: a model, a Parquet file of chats, a reward function and a config."""
+    folder = tmp_path_factory.mktemp("project")
+    save_model(folder / "start", seed=3, hidden_size=64, layers=2, init_scale=0.05)
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
+    tokenizer.save_pretrained(folder / "start")
+    rows = [{"messages": [{"role": "user", "content": f"{i}+{i}"}], "wanted": "7"} for i in range(10, 26)]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "questions.parquet")
+    (folder / "my_reward.py").write_text(REWARD)
+    (folder / "my.toml").write_text(CONFIG.format(redis_url=redis_url, port=free_port()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(project: Path) -> str:
+    text = (project / "my.toml").read_text()
+    return text.partition('learner_url = "')[2].partition('"')[0]
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path, url: str) -> Iterator[tuple[Service, Service, Path]]:
+    """A run of 12 steps: its ended learner, its living actor, and a version exported on the way."""
+    learner = Service(project, "learner", "--config", "my.toml")
+    actor = Service(project, "actor", "--config", "my.toml")
+    try:
+        wait_until(lambda: step_of(url) >= 2, 200, (learner, actor))
+        exported = Service(project, "export", "exported", "--learner", url)
+        assert exported.wait(60) == 0, exported.text
+        assert learner.wait(120) == 0, learner.text
+        yield learner, actor, project / "exported"
+    finally:
+        learner.kill()
+        actor.kill()
+
+
+def step_of(url: str) -> int:
+    try:
+        return int(fetch_status(url)["step"])
+    except ConfigError:
+        return -1
+
+
+def read(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=10) as response:
+        return str(response.read().decode())
+
+
+def metrics_of(project: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (project / "runs/sevens/metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_policy_learns_and_the_data_is_stale(
+    finished: tuple[Service, Service, Path], project: Path
+) -> None:
+    summary = json.loads((project / "runs/sevens/summary.json").read_text())
+    steps = metrics_of(project)
+    assert [m["step"] for m in steps] == list(range(1, 13))
+    assert summary["steps"] == 12
+    assert summary["accuracy_after"] > summary["accuracy_before"]
+    assert steps[-1]["reward"] > steps[0]["reward"] + 0.3
+    assert 0 < summary["staleness_mean"] <= summary["staleness_max"] <= 2
+    assert summary["weight_version"] == "sevens/1/12"
+    assert summary["weight_syncs"] >= 6
+    assert summary["rollouts"] == 12 * 4 * 8
+    assert 0 <= summary["learner_idle_fraction"] < 1
+    assert (project / "runs/sevens/curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_behaviour_log_probs_match_the_learners_own(
+    finished: tuple[Service, Service, Path], project: Path
+) -> None:
+    """Fresh rollouts differ from the learner's log-probs by rounding alone."""
+    fresh = [m for m in metrics_of(project) if m["staleness_max"] == 0]
+    assert fresh
+    for m in fresh:
+        assert m["mismatch_ratio_max"] < 1.01
+        assert m["mismatch_ratio_p01"] > 0.99
+
+
+def test_models_load_with_from_pretrained(finished: tuple[Service, Service, Path], project: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for folder in (project / "runs/sevens/model", finished[2]):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        assert model.num_parameters() > 0
+        assert tokenizer.decode(tokenizer("12+3=")["input_ids"]).replace(" ", "") == "12+3="
+
+
+def test_a_restarted_learner_goes_on_and_the_actor_follows(
+    finished: tuple[Service, Service, Path], project: Path, url: str
+) -> None:
+    _, actor, _ = finished
+    learner = Service(project, "learner", "--config", "my.toml", "--set", "learner.steps=16")
+    try:
+        status = wait_until(lambda: step_of(url) >= 13 and fetch_status(url), 120, (learner, actor))
+        assert status["version"].startswith("sevens/2/")
+        [alive] = status["actors"]
+        assert alive["state"] == "sampling"
+        assert alive["weight_syncs"] > 0
+        for service, metric in ((url, "aspo_learner_staleness_mean"), (alive["url"], "aspo_actor_tokens")):
+            assert read(f"{service}/livez") == "ok"
+            assert read(f"{service}/readyz") == "ok"
+            assert f"\n{metric} " in read(f"{service}/metrics")
+        assert json.loads(read(f"{alive['url']}/v1/status"))["version"].startswith("sevens/")
+        shown = Service(project, "status", "--once", "--learner", url)
+        assert shown.wait(30) == 0
+        assert "actor-0" in shown.text
+        assert learner.wait(120) == 0, learner.text
+    finally:
+        learner.kill()
+    assert [m["step"] for m in metrics_of(project)] == list(range(1, 17))
+
+
+def test_sigterm_drains_the_actor(finished: tuple[Service, Service, Path]) -> None:
+    """Last in this module: it ends the module's actor."""
+    _, actor, _ = finished
+    assert actor.stop(timeout_s=40) == 0, actor.text
+    assert "Traceback" not in actor.text, actor.text

@@ -1,0 +1,84 @@
+"""A user's mistakes: one line that says what to do, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import save_model
+from rollouts import write_config
+from services import Service
+
+
+@pytest.fixture
+def project(tmp_path: Path, redis_url: str) -> Path:
+    save_model(tmp_path / "model", hidden_size=32, layers=1)
+    rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1" * 600, "answer": "2"}]
+    for name, count in (("good", 1), ("long", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
+    write_config(tmp_path, model=tmp_path / "model", data=tmp_path / "good.jsonl", redis_url=redis_url)
+    return tmp_path
+
+
+@pytest.fixture
+def busy_port() -> Callable[[], int]:
+    """A port that something already listens on, for as long as the test runs."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    return lambda: int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("service", "override", "words"),
+    [
+        ("learner", "learner.stepps=1", "unknown key 'learner.stepps'; did you mean 'steps'?"),
+        ("learner", "model.path=/no/such/model", "model.path '/no/such/model' cannot be loaded"),
+        ("learner", "redis.url=redis://127.0.0.1:1/0", "start redis-server or set redis.url"),
+        ("learner", "data.path=none.jsonl", "no prompt file at none.jsonl"),
+        ("learner", "data.prompt_column=question", "has no column 'question' (it has prompt, answer)"),
+        (
+            "learner",
+            "data.path={folder}/long.jsonl",
+            "row 1: the prompt has 600 tokens, but the context leaves",
+        ),
+        ("learner", "sampling.max_tokens=512", "leaves no room for a prompt"),
+        ("learner", "learner.host=0.0.0.0", "refusing to serve on 0.0.0.0 without tokens"),
+        ("learner", "learner.port={busy}", "Address already in use); choose another port"),
+        ("learner", "learner.device=cuda", "torch sees no GPU"),
+        (
+            "actor",
+            "reward.function=my_rewards:f",
+            "No module named 'my_rewards'; put its folder on PYTHONPATH",
+        ),
+        ("actor", "reward.function=aspo_actor.rewards:nope", "has no 'nope'"),
+        ("actor", "redis.url=redis://127.0.0.1:1/0", "start redis-server or set redis.url"),
+        ("actor", "actor.port={busy}", "Address already in use); choose another port"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    project: Path, busy_port: Callable[[], int], service: str, override: str, words: str
+) -> None:
+    override = override.format(folder=project, busy=busy_port())
+    command = Service(project, service, "--config", "config.toml", "--set", "actor.port=0", "--set", override)
+    try:
+        code = command.wait(90)
+    finally:
+        command.kill()
+    errors = [line for line in command.text.splitlines() if line.startswith("aspo: error:")]
+    assert code == 2, command.text
+    assert len(errors) == 1
+    assert words in errors[0]
+    assert "Traceback" not in command.text
+
+
+def test_no_config_and_no_learner_are_said_plainly(tmp_path: Path) -> None:
+    for arguments, words in (
+        (("learner", "--config", "none.toml"), "no config file at none.toml"),
+        (("status", "--once", "--learner", "http://127.0.0.1:1"), "no learner answers at http://127.0.0.1:1"),
+    ):
+        command = Service(tmp_path, *arguments)
+        assert command.wait(60) == 2
+        assert words in command.text
+        assert "Traceback" not in command.text
