@@ -172,6 +172,8 @@ class RolloutEngine:
         request, returned `n` times. Raises `ValueError` for a request that cannot be served and `EngineError` when
         the engine fails meanwhile.
         """
+        if n < 1 or max_tokens < 1:
+            raise ValueError(f"n {n} and max_tokens {max_tokens} must both be at least 1")
         self._validate(prompt_ids, max_tokens, temperature)
         greedy = temperature == 0
         params = _sampling_params(1 if greedy else n, max_tokens, temperature, seed)
@@ -246,7 +248,7 @@ class RolloutEngine:
             async with asyncio.timeout(_UPDATE_TIMEOUT_S):
                 yield
         except BaseException as error:
-            await self._give_up(f"weights {version} were not applied: {_one_line(error)}")
+            await self._give_up(f"weights {version} failed: {_one_line(error)}")
             if isinstance(error, Exception):
                 raise EngineError(self._failure) from error
             raise
@@ -291,6 +293,7 @@ class RolloutEngine:
 
     async def _generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
         """Run one request to its end and return vLLM's `RequestOutput`."""
+        from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
         self._require_healthy()
@@ -302,6 +305,8 @@ class RolloutEngine:
         try:
             async for output in self._client.generate(prompt, params, request_id):
                 final = output
+        except VLLMClientError as error:
+            raise ValueError(f"vLLM refuses the request: {_one_line(error)}") from error
         except Exception as error:
             raise EngineError(self._failure or f"vLLM failed: {_one_line(error)}") from error
         finally:
@@ -368,7 +373,10 @@ def _start_client(folder: Path, dtype: str, settings: EngineConfig, seed: int) -
     from vllm.v1.engine.async_llm import AsyncLLM
 
     on_cpu = current_platform.is_cpu()
-    variables = {"_ASPO_ACTOR_PID": str(os.getpid())}
+    variables = {"_ASPO_ACTOR_PID": str(os.getpid())} | {
+        name: os.environ.get(name, quiet)
+        for name, quiet in {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items()
+    }
     arguments = _engine_arguments(folder, dtype, settings, seed, on_cpu)
     try:
         config = arguments.create_engine_config()

@@ -43,8 +43,8 @@ path = {train}
 
 [eval]
 path = {held_out}
-every = 5
-max_prompts = 512
+every = 10
+max_prompts = 256
 stop_accuracy = {target}
 min_steps = 50
 

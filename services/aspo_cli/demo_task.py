@@ -38,11 +38,11 @@ def demonstrate(prompt: str, rng: random.Random, *, forget: float) -> str:
     width = max(len(a), len(b))
     carry, columns, answer = 0, "", ""
     for x, y in zip(reversed(a.zfill(width)), reversed(b.zfill(width)), strict=True):
-        if carry and rng.random() < forget:
-            carry = 0
         total = int(x) + int(y) + carry
         columns += f"{x}+{y}+{carry}={total:02d},"
         carry, answer = total // 10, str(total % 10) + answer
+        if carry and rng.random() < forget:
+            carry = 0
     return f"{columns}#{int(str(carry) + answer)}"
 
 

@@ -135,7 +135,8 @@ def plot_curves(steps: Sequence[dict[str, float]], path: Path) -> None:
         for name, label in curves.items():
             points = [(m["step"], m[name]) for m in steps if name in m]
             if points:
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.4)
+                style = "steps-post" if name == "accuracy" else "default"
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.4, drawstyle=style)
         axes.set_title(title, loc="left", fontsize=11)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

@@ -1,0 +1,331 @@
+"""The rollout engine on a real vLLM, against transformers' model as the oracle."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import pytest_asyncio
+import torch
+from models import char_tokenizer, save_model
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
+
+from aspo.config import EngineConfig
+from aspo_actor.engine import Completion, EngineError, RolloutEngine, WeightsRefusedError
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.asyncio(loop_scope="module"),
+    # vLLM's imports warn of many things that only vLLM can mend.
+    pytest.mark.filterwarnings("ignore"),
+]
+
+SETTINGS = EngineConfig(max_model_len=256, max_num_seqs=64, cpu_kv_cache_gib=0.1)
+PROMPT = char_tokenizer()("12+345=\n")["input_ids"]
+EOS = 1
+# vLLM's attention and the oracle's sum in different orders; a wrong weight moves log-probs by whole nats.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models `tied-0`, `tied-1`, `untied-0`, `untied-1`: their seeds give different weights."""
+    root = tmp_path_factory.mktemp("models")
+    for seed in (0, 1):
+        save_model(root / f"tied-{seed}", seed=seed)
+        save_model(root / f"untied-{seed}", seed=seed, tied=False)
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _collect() -> Iterator[None]:
+    """vLLM leaves its sockets to the garbage collector; let it complain here and not in another module's test."""
+    yield
+    gc.collect()
+
+
+@contextlib.asynccontextmanager
+async def running(model: Path, version: str) -> AsyncIterator[RolloutEngine]:
+    engine = await RolloutEngine.start(model, "float32", SETTINGS, version=version)
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(folder: Path) -> AsyncIterator[RolloutEngine]:
+    """An engine started on `tied-0`; tests that need weights call `serve`."""
+    async with running(folder / "tied-0", "test/0/0") as started:
+        yield started
+
+
+async def serve(engine: RolloutEngine, model: Path, version: str) -> None:
+    if engine.version != version:
+        await engine.apply_weights([model / "model.safetensors"], version)
+
+
+def oracle(model: Path, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs [T-1, V] that transformers gives for what follows each but the last of `token_ids`."""
+    network = Qwen3ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        logits = network(torch.tensor([list(token_ids)])).logits[0, :-1]
+    return (logits / temperature).log_softmax(-1)
+
+
+def oracle_score(model: Path, token_ids: Sequence[int], temperature: float = 1.0) -> np.ndarray:
+    """Log-probs [T-1] that transformers gives for `token_ids[1:]`."""
+    rows = oracle(model, token_ids, temperature)
+    return rows.gather(1, torch.tensor([list(token_ids[1:])]).T)[:, 0].numpy()
+
+
+def check_against_oracle(model: Path, completion: Completion, temperature: float = 1.0) -> None:
+    expected = oracle_score(model, [*PROMPT, *completion.token_ids], temperature)[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(completion.logprobs, expected, atol=TOLERANCE)
+
+
+def engine_core(engine: RolloutEngine) -> psutil.Process:
+    """The process that runs the model of `engine`."""
+    return psutil.Process(engine.client.engine_core.resources.engine_manager.processes[0].pid)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_logprobs_are_those_of_the_distribution_sampled_from(
+    engine: RolloutEngine, folder: Path, temperature: float
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    completions = await engine.sample(PROMPT, n=6, max_tokens=24, temperature=temperature)
+    assert len({tuple(c.token_ids) for c in completions}) > 1
+    for completion in completions:
+        check_against_oracle(folder / "tied-0", completion, temperature)
+
+
+async def test_sampling_frequencies_follow_the_distribution(engine: RolloutEngine, folder: Path) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    draws = await engine.sample(PROMPT, n=512, max_tokens=1, temperature=0.7, seed=5)
+    counts = np.bincount([int(c.token_ids[0]) for c in draws], minlength=16) / len(draws)
+    expected = oracle(folder / "tied-0", [*PROMPT, 0], 0.7)[-1].exp().numpy()
+    # Four standard deviations of each frequency.
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected * (1 - expected) / len(draws)) + 1e-3).all()
+
+
+async def test_greedy_takes_the_likeliest_token_at_unscaled_logprobs(
+    engine: RolloutEngine, folder: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    first, second = await engine.sample(PROMPT, n=2, max_tokens=12, temperature=0.0)
+    rows = oracle(folder / "tied-0", [*PROMPT, *first.token_ids])[len(PROMPT) - 1 :]
+    assert first.token_ids.tolist() == rows.argmax(-1).tolist() == second.token_ids.tolist()
+    check_against_oracle(folder / "tied-0", first)
+
+
+async def test_stop_includes_the_end_of_sequence_token_and_length_does_not(engine: RolloutEngine) -> None:
+    completions = await engine.sample(PROMPT, n=64, max_tokens=10, temperature=1.0, seed=1)
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    for completion in completions:
+        ids = completion.token_ids.tolist()
+        assert (ids[-1] == EOS) == (completion.finish_reason == "stop")
+        assert EOS not in ids[:-1]
+        assert len(ids) == 10 or completion.finish_reason == "stop"
+        assert completion.logprobs.shape == completion.token_ids.shape
+        assert completion.text == char_tokenizer().decode([i for i in ids if i > EOS])
+
+
+async def test_a_seed_repeats_a_group_and_its_neighbour_shares_no_sample(engine: RolloutEngine) -> None:
+    async def sample(seed: int) -> list[tuple[int, ...]]:
+        group = await engine.sample(PROMPT, n=8, max_tokens=24, temperature=1.5, seed=seed)
+        return [tuple(completion.token_ids) for completion in group]
+
+    first, again, neighbour = await asyncio.gather(sample(7), sample(7), sample(8))
+    assert first == again
+    assert not {ids for ids in first if len(ids) > 3} & set(neighbour)
+
+
+async def test_score_is_the_oracles(engine: RolloutEngine, folder: Path) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    np.testing.assert_allclose(
+        await engine.score(PROMPT), oracle_score(folder / "tied-0", PROMPT), atol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "temperature", "message"),
+    [
+        ([], 4, 1.0, "empty"),
+        ([3, 16], 4, 1.0, "vocabulary of 16"),
+        ([3, -1], 4, 1.0, "vocabulary of 16"),
+        ([3] * 250, 7, 1.0, "exceed the context of 256"),
+        ([3], 4, 2.5, "temperature 2.5"),
+        ([3], 4, 0.001, "temperature 0.001"),
+        ([3], 0, 1.0, "max_tokens"),
+    ],
+)
+async def test_requests_that_cannot_be_served_are_refused_in_one_line(
+    engine: RolloutEngine, prompt: list[int], max_tokens: int, temperature: float, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        await engine.sample(prompt, n=2, max_tokens=max_tokens, temperature=temperature)
+    assert "\n" not in str(refusal.value)
+    assert engine.healthy
+
+
+async def test_an_update_in_flight_keeps_every_request_and_labels_every_token(
+    engine: RolloutEngine, folder: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    groups = [
+        asyncio.create_task(engine.sample(PROMPT, n=64, max_tokens=200, temperature=1.0)) for _ in range(4)
+    ]
+    await asyncio.sleep(0.5)
+    timings = await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
+    assert timings.apply_s > 0
+    completions = [completion for group in await asyncio.gather(*groups) for completion in group]
+
+    assert len(completions) == 4 * 64
+    assert all(sum(span.length for span in c.spans) == len(c.token_ids) for c in completions)
+    versions = {tuple(span.version for span in c.spans) for c in completions}
+    assert versions == {("test/0/0",), ("test/0/0", "test/0/1"), ("test/0/1",)}
+    # Tokens drawn before the switch have the old weights' log-probs to the last one.
+    crossing = next(c for c in completions if len(c.spans) == 2)
+    before = crossing.spans[0].length
+    expected = oracle_score(folder / "tied-0", [*PROMPT, *crossing.token_ids])[len(PROMPT) - 1 :]
+    np.testing.assert_allclose(crossing.logprobs[:before], expected[:before], atol=TOLERANCE)
+    assert np.abs(crossing.logprobs[before:] - expected[before:]).max() > 100 * TOLERANCE
+
+
+async def test_after_an_update_nothing_of_the_old_weights_is_left(engine: RolloutEngine, folder: Path) -> None:
+    # Longer than a block of the prefix cache, which must not answer with keys of the old weights.
+    prompt = (PROMPT * 30)[:200]
+    for seed in (0, 1, 0):
+        model = folder / f"tied-{seed}"
+        await serve(engine, model, f"test/0/{seed}")
+        for _ in range(2):
+            (sampled,) = await engine.sample(prompt, n=1, max_tokens=8, temperature=0.0)
+            expected = oracle_score(model, [*prompt, *sampled.token_ids])[len(prompt) - 1 :]
+            np.testing.assert_allclose(sampled.logprobs, expected, atol=TOLERANCE)
+        np.testing.assert_allclose(await engine.score(prompt), oracle_score(model, prompt), atol=TOLERANCE)
+
+
+def _drop(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors["model.layers.3.mlp.down_proj.weight"]
+
+
+def _add(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.4.mlp.down_proj.weight"] = torch.zeros(2, 2)
+
+
+def _reshape(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(64)
+
+
+def _recast(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["model.norm.weight"] = torch.ones(128, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_drop, "1 tensors are missing, among them model.layers.3.mlp.down_proj.weight"),
+        (_add, "1 tensors are unknown to the model, among them model.layers.4.mlp.down_proj.weight"),
+        (_reshape, r"model.norm.weight has shape \[64\]"),
+        (_recast, "model.norm.weight has dtype F64"),
+        (None, "cannot be read as safetensors"),
+    ],
+)
+async def test_an_unfit_update_is_refused_and_the_old_weights_serve_on(
+    engine: RolloutEngine, folder: Path, tmp_path: Path, spoil: object, message: str
+) -> None:
+    before, version = await engine.score(PROMPT), engine.version
+    source, file = folder / "tied-1" / "model.safetensors", tmp_path / "model.safetensors"
+    if callable(spoil):
+        tensors = load_file(source)
+        spoil(tensors)
+        save_file(tensors, file)
+    else:
+        file.write_bytes(source.read_bytes()[:-100])
+    with pytest.raises(WeightsRefusedError, match=message) as refusal:
+        await engine.apply_weights([file], "test/0/9")
+    assert "\n" not in str(refusal.value)
+    assert engine.healthy
+    assert engine.version == version
+    np.testing.assert_array_equal(await engine.score(PROMPT), before)
+
+
+async def test_an_update_may_come_in_several_files(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    tensors = sorted(load_file(folder / "tied-1" / "model.safetensors").items())
+    files = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    save_file(dict(tensors[0::2]), files[0])
+    save_file(dict(tensors[1::2]), files[1])
+    await engine.apply_weights(files, "test/0/2")
+    np.testing.assert_allclose(
+        await engine.score(PROMPT), oracle_score(folder / "tied-1", PROMPT), atol=TOLERANCE
+    )
+
+
+async def test_a_fresh_engine_agrees_and_a_hung_one_is_given_up(engine: RolloutEngine, folder: Path) -> None:
+    await serve(engine, folder / "tied-1", "test/0/1")
+    async with running(folder / "tied-1", "fresh/0/0") as fresh:
+        np.testing.assert_allclose(await fresh.score(PROMPT), await engine.score(PROMPT), atol=1e-6)
+
+        core = engine_core(fresh)
+        sampling = asyncio.create_task(fresh.sample(PROMPT, n=16, max_tokens=240, temperature=2.0))
+        await asyncio.sleep(0.1)
+        core.send_signal(signal.SIGSTOP)
+        with pytest.raises(EngineError, match="no token within 1 s"):
+            await fresh.probe(1.0)
+        with pytest.raises(EngineError, match="no token within 1 s"):
+            await sampling
+        assert not fresh.healthy
+        with pytest.raises(EngineError):
+            await fresh.apply_weights([folder / "tied-0" / "model.safetensors"], "fresh/0/1")
+    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+
+
+async def test_an_untied_head_is_updated_and_a_dead_engine_says_so(folder: Path) -> None:
+    async with running(folder / "untied-0", "test/0/0") as untied:
+        for seed in (1, 0):
+            model = folder / f"untied-{seed}"
+            await untied.apply_weights([model / "model.safetensors"], f"test/1/{seed}")
+            np.testing.assert_allclose(
+                await untied.score(PROMPT), oracle_score(model, PROMPT), atol=TOLERANCE
+            )
+        sampling = asyncio.create_task(untied.sample(PROMPT, n=16, max_tokens=240, temperature=2.0))
+        await asyncio.sleep(0.1)
+        os.kill(engine_core(untied).pid, signal.SIGKILL)
+        with pytest.raises(EngineError, match="vLLM failed"):
+            await sampling
+        assert not untied.healthy
+        with pytest.raises(EngineError):
+            await untied.probe(1.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (EngineConfig(max_model_len=100_000), "max_model_len"),
+        (EngineConfig(extra={"enforce_eagre": True}), "did you mean 'enforce_eager'"),
+        (EngineConfig(extra={"trust_remote_code": True}), "may not set 'trust_remote_code'"),
+    ],
+)
+async def test_settings_that_vllm_cannot_take_are_refused_in_one_line(
+    folder: Path, settings: EngineConfig, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        await RolloutEngine.start(folder / "tied-0", "float32", settings, version="test/0/0")
+    assert "\n" not in str(refusal.value)
+
+
+async def test_a_missing_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no model at"):
+        await RolloutEngine.start(tmp_path / "nowhere", "float32", SETTINGS, version="test/0/0")
