@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from aspo.config import load_config
 from aspo.errors import AspoError
 from aspo_cli import demo_model, status
 from aspo_cli.demo_task import MAX_COMPLETION_TOKENS
@@ -40,13 +41,6 @@ dtype = "float32"
 
 [data]
 path = {train}
-
-[eval]
-path = {held_out}
-every = 10
-max_prompts = 256
-stop_accuracy = {target}
-min_steps = 50
 
 [sampling]
 group_size = 8
@@ -83,6 +77,14 @@ id = "actor-0"
 max_num_seqs = 128
 cpu_kv_cache_gib = 0.5
 """
+EVALUATION = """
+[eval]
+path = {held_out}
+every = 10
+max_prompts = 256
+stop_accuracy = {target}
+min_steps = 50
+"""
 
 
 def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
@@ -90,10 +92,14 @@ def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
     console = Console()
     folder = _fresh_folder(runs / name, console)
     try:
-        config = _prepare(folder, seed, console)
+        _prepare(folder, seed, console)
+        ports = write_config(folder, seed)
+        load_config(
+            folder / "config.toml", overrides
+        )  # a mistake in an override shows before anything starts
         with Processes(folder / "logs") as parts:
-            _start(parts, folder, config, overrides)
-            _watch(parts, config, console)
+            _start(parts, folder, ports, overrides)
+            _watch(parts, ports, console)
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything is stopped", style="yellow")
         return INTERRUPTED
@@ -114,9 +120,26 @@ def _fresh_folder(folder: Path, console: Console) -> Path:
     return folder.resolve()
 
 
-def _prepare(folder: Path, seed: int, console: Console) -> dict[str, Any]:
-    """Write problems, warm-started model and config; returns what the other steps need to know."""
-    cores = os.cpu_count() or 1
+def write_config(folder: Path, seed: int, *, evaluate: bool = True) -> dict[str, int]:
+    """Write config.toml for what lies in `folder`; returns the ports it names."""
+    ports = {"redis_port": free_port(), "learner_port": free_port()}
+    paths = {"model": "initial-model", "train": "train.jsonl", "held_out": "held_out.jsonl"}
+    text = (CONFIG + EVALUATION if evaluate else CONFIG).format(
+        name=json.dumps(folder.name),
+        runs=json.dumps(str(folder.parent)),
+        seed=seed,
+        target=TARGET_ACCURACY,
+        max_tokens=MAX_COMPLETION_TOKENS,
+        learner_threads=max(1, (os.cpu_count() or 1) // 2),
+        **{key: json.dumps(str(folder / file)) for key, file in paths.items()},
+        **ports,
+    )
+    (folder / "config.toml").write_text(text)
+    return ports
+
+
+def _prepare(folder: Path, seed: int, console: Console) -> None:
+    """Write problems and the warm-started model."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         writing = progress.add_task("Writing problems", total=1)
@@ -128,25 +151,11 @@ def _prepare(folder: Path, seed: int, console: Console) -> dict[str, Any]:
             progress.update(warming, completed=step, description=f"Warm-starting a Qwen3, loss {loss:.3f}")
 
         demo_model.make_model(folder / "initial-model", seed, on_step)
-    ports = {"redis_port": free_port(), "learner_port": free_port()}
-    paths = {"model": "initial-model", "train": "train.jsonl", "held_out": "held_out.jsonl"}
-    text = CONFIG.format(
-        name=json.dumps(folder.name),
-        runs=json.dumps(str(folder.parent)),
-        seed=seed,
-        target=TARGET_ACCURACY,
-        max_tokens=MAX_COMPLETION_TOKENS,
-        learner_threads=max(1, cores // 2),
-        **{key: json.dumps(str(folder / file)) for key, file in paths.items()},
-        **ports,
-    )
-    (folder / "config.toml").write_text(text)
-    return ports
 
 
-def _start(parts: Processes, folder: Path, config: dict[str, Any], overrides: list[str]) -> None:
-    parts.start("redis", redis_command(folder / "redis", config["redis_port"]))
-    if not wait_for_port(config["redis_port"], 10.0):
+def _start(parts: Processes, folder: Path, ports: dict[str, int], overrides: list[str]) -> None:
+    parts.start("redis", redis_command(folder / "redis", ports["redis_port"]))
+    if not wait_for_port(ports["redis_port"], 10.0):
         raise PartFailed(f"redis-server does not answer; its log:\n{parts.tail('redis')}")
     flags = ["--config", str(folder / "config.toml")]
     flags += [part for override in overrides for part in ("--set", override)]
@@ -154,9 +163,9 @@ def _start(parts: Processes, folder: Path, config: dict[str, Any], overrides: li
         parts.start(name, [sys.executable, "-m", "aspo_cli", name, *flags])
 
 
-def _watch(parts: Processes, config: dict[str, Any], console: Console) -> None:
+def _watch(parts: Processes, ports: dict[str, int], console: Console) -> None:
     """Show the learner's status until it is done."""
-    url = f"http://127.0.0.1:{config['learner_port']}"
+    url = f"http://127.0.0.1:{ports['learner_port']}"
     started = time.monotonic()
     seen: dict[str, Any] | None = None
     with Live(console=console, refresh_per_second=4) as live:

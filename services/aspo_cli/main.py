@@ -90,6 +90,17 @@ def export(
     typer.echo(export_version(learner, token, version, folder))
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="A file of the bench folder, such as actor.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Run a benchmark; each prints ratios to a peer or a limit measured in the same run."""
+    from aspo_cli.bench import run_bench
+
+    run_bench(name, as_json=as_json)
+
+
 def run() -> None:
     """Entry point: a user's mistake is one line on standard error, not a traceback."""
     try:
