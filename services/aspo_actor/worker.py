@@ -110,7 +110,8 @@ class Worker:
             await asyncio.wait(self._claims, return_when=asyncio.FIRST_COMPLETED)
         for job in [job for job in self._claims if job.done()]:
             del self._claims[job]
-            job.result()
+            if not job.cancelled():  # by a drain, which hands its task back
+                job.result()
 
     async def _do(self, claim: Claim) -> None:
         task = claim.task
