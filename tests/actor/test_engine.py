@@ -15,12 +15,12 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
-from models import char_tokenizer, save_model
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from aspo.config import EngineConfig
 from aspo_actor.engine import Completion, EngineError, RolloutEngine, WeightsRefusedError
+from models import char_tokenizer, save_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _collect() -> Iterator[None]:
-    """vLLM leaves its sockets to the garbage collector; let it complain here and not in another module's test."""
+    """vLLM leaves its sockets to the garbage collector; let it complain here, not in another module."""
     yield
     gc.collect()
 
@@ -182,15 +182,23 @@ async def test_an_update_in_flight_keeps_every_request_and_labels_every_token(
     engine: RolloutEngine, folder: Path
 ) -> None:
     await serve(engine, folder / "tied-0", "test/0/0")
-    groups = [
-        asyncio.create_task(engine.sample(PROMPT, n=64, max_tokens=200, temperature=1.0)) for _ in range(4)
-    ]
-    await asyncio.sleep(0.5)
-    timings = await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
-    assert timings.apply_s > 0
-    completions = [completion for group in await asyncio.gather(*groups) for completion in group]
+    completions: list[Completion] = []
+    begun, updated = asyncio.Event(), False
 
-    assert len(completions) == 4 * 64
+    async def sample_past_the_update() -> None:
+        while not updated:
+            completions.extend(await engine.sample(PROMPT, n=16, max_tokens=100, temperature=1.0))
+            begun.set()
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        for _ in range(4):
+            tasks.create_task(sample_past_the_update())
+        await begun.wait()
+        await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
+        completions.extend(await engine.sample(PROMPT, n=2, max_tokens=4, temperature=1.0))
+        updated = True
+
+    assert engine.version == "test/0/1"
     assert all(sum(span.length for span in c.spans) == len(c.token_ids) for c in completions)
     versions = {tuple(span.version for span in c.spans) for c in completions}
     assert versions == {("test/0/0",), ("test/0/0", "test/0/1"), ("test/0/1",)}
@@ -202,7 +210,9 @@ async def test_an_update_in_flight_keeps_every_request_and_labels_every_token(
     assert np.abs(crossing.logprobs[before:] - expected[before:]).max() > 100 * TOLERANCE
 
 
-async def test_after_an_update_nothing_of_the_old_weights_is_left(engine: RolloutEngine, folder: Path) -> None:
+async def test_after_an_update_nothing_of_the_old_weights_is_left(
+    engine: RolloutEngine, folder: Path
+) -> None:
     # Longer than a block of the prefix cache, which must not answer with keys of the old weights.
     prompt = (PROMPT * 30)[:200]
     for seed in (0, 1, 0):
@@ -260,6 +270,31 @@ async def test_an_unfit_update_is_refused_and_the_old_weights_serve_on(
     np.testing.assert_array_equal(await engine.score(PROMPT), before)
 
 
+async def test_vllms_own_update_calls_refuse_an_unfit_update_too(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    def request(file: Path) -> WeightTransferUpdateRequest:
+        return WeightTransferUpdateRequest(update_info={"files": [str(file)]})
+
+    await serve(engine, folder / "tied-0", "test/0/0")
+    before, file = await engine.score(PROMPT), tmp_path / "model.safetensors"
+    tensors = load_file(folder / "tied-1" / "model.safetensors")
+    _drop(tensors)
+    save_file(tensors, file)
+    await engine.client.start_weight_update()
+    with pytest.raises(Exception, match="1 tensors are missing"):
+        await engine.client.update_weights(request(file))
+    np.testing.assert_array_equal(await engine.score(PROMPT), before)
+    await engine.client.start_weight_update()
+    with pytest.raises(Exception, match="before any weights were loaded"):
+        await engine.client.finish_weight_update("test/0/9")
+    await engine.client.update_weights(request(folder / "tied-0" / "model.safetensors"))
+    await engine.client.finish_weight_update("test/0/0")
+    np.testing.assert_array_equal(await engine.score(PROMPT), before)
+
+
 async def test_an_update_may_come_in_several_files(
     engine: RolloutEngine, folder: Path, tmp_path: Path
 ) -> None:
@@ -289,7 +324,7 @@ async def test_a_fresh_engine_agrees_and_a_hung_one_is_given_up(engine: RolloutE
         assert not fresh.healthy
         with pytest.raises(EngineError):
             await fresh.apply_weights([folder / "tied-0" / "model.safetensors"], "fresh/0/1")
-    assert not core.is_running() or core.status() == psutil.STATUS_ZOMBIE
+    core.wait(10)
 
 
 async def test_an_untied_head_is_updated_and_a_dead_engine_says_so(folder: Path) -> None:

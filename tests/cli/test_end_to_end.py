@@ -11,12 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from models import char_tokenizer, save_model
-from services import Service, wait_until
 
 from aspo.config import ConfigError
 from aspo_cli.processes import free_port
 from aspo_cli.status import fetch_status
+from models import char_tokenizer, save_model
+from services import Service, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 

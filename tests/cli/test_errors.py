@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from models import save_model
 from rollouts import write_config
 from services import Service
@@ -24,10 +25,10 @@ def project(tmp_path: Path, redis_url: str) -> Path:
 
 
 @pytest.fixture
-def busy_port() -> Callable[[], int]:
-    """A port that something already listens on, for as long as the test runs."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    return lambda: int(listener.getsockname()[1])
+def busy_port() -> Iterator[int]:
+    """A port that something already listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize(
@@ -58,9 +59,9 @@ def busy_port() -> Callable[[], int]:
     ],
 )
 def test_a_mistake_is_one_line(
-    project: Path, busy_port: Callable[[], int], service: str, override: str, words: str
+    project: Path, busy_port: int, service: str, override: str, words: str
 ) -> None:
-    override = override.format(folder=project, busy=busy_port())
+    override = override.format(folder=project, busy=busy_port)
     command = Service(project, service, "--config", "config.toml", "--set", "actor.port=0", "--set", override)
     try:
         code = command.wait(90)
