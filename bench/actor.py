@@ -1,8 +1,8 @@
 """Actor throughput in the loop against the same engine alone, on the demo's task.
 
 Alternates, in one run and with one vLLM engine: `alone`, the engine fed directly with the training prompts;
-and `loop`, the real worker (Redis, rewards, encoding, weight updates in flight) while a real learner trains on
-what it sends. Both keep the same number of samples in flight and count the tokens of finished groups over
+and `loop`, the real worker (Redis, rewards, encoding, weight updates in flight) while a real learner trains
+on what it sends. Both keep the same number of samples in flight and count the tokens of finished groups over
 windows of equal length.
 
     aspo bench actor --json

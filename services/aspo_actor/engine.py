@@ -6,8 +6,9 @@
     await engine.close()
 
 Every log-prob is the one its token was drawn with: top-p, top-k, penalties and min-tokens are off, and the
-distribution is the temperature's (at temperature 0, the unscaled one). Requests that run through an update keep the
-keys and values they have; each token's policy version tells which weights drew it. vLLM is imported by `start`.
+distribution is the temperature's (at temperature 0, the unscaled one). Requests that run through an update
+keep the keys and values they have; each token's policy version tells which weights drew it. vLLM is imported
+by `start`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from aspo.config import EngineConfig
+from aspo.config import ConfigError, EngineConfig
+from aspo.errors import AspoError
 from aspo.schemas import FloatArray, IntArray, VersionSpan
 
 if TYPE_CHECKING:
@@ -63,11 +65,11 @@ _OWN_ARGUMENTS = frozenset(
 )
 
 
-class EngineError(RuntimeError):
+class EngineError(AspoError, RuntimeError):
     """The engine did not start, is dead or hung, or lost its weights; its text is one line."""
 
 
-class WeightsRefusedError(ValueError):
+class WeightsRefusedError(AspoError, ValueError):
     """Files that are not a complete set of this model's weights; the old weights are still in service."""
 
 
@@ -75,8 +77,8 @@ class WeightsRefusedError(ValueError):
 class Completion:
     """One sampled continuation.
 
-    Shapes: token_ids, logprobs [T], the end-of-sequence token included when it was drawn; log-probs in nats. `spans`
-    cover the T tokens; `text` leaves special tokens out.
+    Shapes: token_ids, logprobs [T], the end-of-sequence token included when it was drawn; log-probs in nats.
+    `spans` cover the T tokens; `text` leaves special tokens out.
     """
 
     token_ids: IntArray
@@ -120,13 +122,13 @@ class RolloutEngine:
     async def start(
         cls, model: Path | str, dtype: str, settings: EngineConfig, *, version: str, seed: int = 0
     ) -> RolloutEngine:
-        """Load the model folder, label its weights `version` and warm up; the event loop stays free meanwhile.
+        """Load the model folder, label its weights `version` and warm up; the event loop stays free.
 
-        Raises `ValueError` for settings the user must mend and `EngineError` when vLLM does not come up.
+        Raises `ConfigError` for settings the user must mend and `EngineError` when vLLM does not come up.
         """
         folder = Path(model)
         if not (folder / "config.json").is_file():
-            raise ValueError(f"no model at {folder}: it must be a folder with a config.json")
+            raise ConfigError(f"no model at {folder}: it must be a folder with a config.json")
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "vllm-start")
         try:
             await loop.run_in_executor(thread, _import_vllm)
@@ -168,12 +170,12 @@ class RolloutEngine:
     ) -> list[Completion]:
         """Sample `n` completions of one prompt; returns when all are done, across weight updates.
 
-        With a `seed` the draws repeat under equal weights (about 3 % slower on a CPU). Temperature 0 is greedy: one
-        request, returned `n` times. Raises `ValueError` for a request that cannot be served and `EngineError` when
-        the engine fails meanwhile.
+        With a `seed` the draws repeat under equal weights (about 3 % slower on a CPU). Temperature 0 is
+        greedy: one request, returned `n` times. Raises `ConfigError` for a request that cannot be served and
+        `EngineError` when the engine fails meanwhile.
         """
         if n < 1 or max_tokens < 1:
-            raise ValueError(f"n {n} and max_tokens {max_tokens} must both be at least 1")
+            raise ConfigError(f"n {n} and max_tokens {max_tokens} must both be at least 1")
         self._validate(prompt_ids, max_tokens, temperature)
         greedy = temperature == 0
         params = _sampling_params(1 if greedy else n, max_tokens, temperature, seed)
@@ -184,17 +186,17 @@ class RolloutEngine:
         return completions * n if greedy else completions
 
     async def score(self, token_ids: Sequence[int]) -> FloatArray:
-        """Log-probs [T-1] of `token_ids[1:]` given what precedes each, at temperature 1 under the current weights."""
+        """Log-probs [T-1] of `token_ids[1:]` given what precedes each, at temperature 1, current weights."""
         self._validate(token_ids, 1, 1.0)
         params = _params(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         output = await self._generate(token_ids, params)
         return np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32)
 
     async def probe(self, timeout_s: float) -> None:
-        """Generate one token, or raise `EngineError` and give the engine up if none comes within `timeout_s` seconds.
+        """Generate one token; if none comes within `timeout_s` seconds, raise `EngineError` and give up.
 
-        An update in progress is waited for first. While running requests fill every slot a token would have to queue,
-        so an answer from the loop that steps the model stands in for it.
+        An update in progress is waited for first. While running requests fill every slot a token would have
+        to queue, so an answer from the loop that steps the model stands in for it.
         """
         async with self._update_lock:
             self._require_healthy()
@@ -207,8 +209,8 @@ class RolloutEngine:
     async def apply_weights(self, files: Sequence[Path], version: str) -> UpdateTimings:
         """Replace the weights by those in `files` (local, verified safetensors) without dropping a request.
 
-        Raises `WeightsRefusedError`, the old weights still in service, when the files are not a complete set of this
-        model's tensors, and `EngineError` for any later failure: the engine is then unhealthy and sampling stopped.
+        Raises `WeightsRefusedError`, the old weights still in service, when the files are not a complete set
+        of this model's tensors, and `EngineError` for any later failure: the engine is then given up.
         """
         async with self._update_lock:
             self._require_healthy()
@@ -242,7 +244,7 @@ class RolloutEngine:
 
     @contextlib.asynccontextmanager
     async def _probation(self, version: str) -> AsyncIterator[None]:
-        """Hold completions back until the new weights have proved themselves; on any exception give the engine up."""
+        """Hold completions back until the new weights have proved themselves; on an exception give up."""
         self._trusted.clear()
         try:
             async with asyncio.timeout(_UPDATE_TIMEOUT_S):
@@ -298,7 +300,7 @@ class RolloutEngine:
 
         self._require_healthy()
         request_id = str(next(self._ids))
-        # Block hashes carry no weight version, so the salt does; it counts updates, for a rollback repeats labels.
+        # Block hashes carry no weight version: the salt does, by count, for a rollback repeats labels.
         salt = f"{self._updates}:{self._version}"
         prompt = tokens_input(list(prompt_ids), cache_salt=salt)
         self._running[request_id] = params.n
@@ -306,7 +308,7 @@ class RolloutEngine:
             async for output in self._client.generate(prompt, params, request_id):
                 final = output
         except VLLMClientError as error:
-            raise ValueError(f"vLLM refuses the request: {_one_line(error)}") from error
+            raise ConfigError(f"vLLM refuses the request: {_one_line(error)}") from error
         except Exception as error:
             raise EngineError(self._failure or f"vLLM failed: {_one_line(error)}") from error
         finally:
@@ -331,16 +333,18 @@ class RolloutEngine:
 
     def _validate(self, token_ids: Sequence[int], max_tokens: int, temperature: float) -> None:
         if not token_ids:
-            raise ValueError("the prompt is empty")
+            raise ConfigError("the prompt is empty")
         if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            raise ValueError(f"the prompt has token ids outside the model's vocabulary of {self._vocab_size}")
+            raise ConfigError(
+                f"the prompt has token ids outside the model's vocabulary of {self._vocab_size}"
+            )
         if len(token_ids) + max_tokens > self._max_model_len:
-            raise ValueError(
+            raise ConfigError(
                 f"a prompt of {len(token_ids)} tokens and max_tokens {max_tokens} exceed the context of "
                 f"{self._max_model_len}; raise actor.engine.max_model_len or shorten them"
             )
         if temperature != 0 and not 0.01 <= temperature <= 2.0:
-            raise ValueError(
+            raise ConfigError(
                 f"temperature {temperature} is not 0 or within 0.01 .. 2, all that vLLM samples at"
             )
 
@@ -359,7 +363,7 @@ class RolloutEngine:
 def _import_vllm() -> None:
     """Import vLLM, quiet unless its own variables say otherwise; takes some 9 s.
 
-    A call of its own, for vLLM keeps tracebacks from its imports, and with them the locals of whoever imports it.
+    A call of its own, for vLLM keeps tracebacks from its imports, and with them its importer's locals.
     """
     for name in ("VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
         os.environ.setdefault(name, "1")
@@ -381,7 +385,7 @@ def _start_client(folder: Path, dtype: str, settings: EngineConfig, seed: int) -
     try:
         config = arguments.create_engine_config()
     except ValueError as error:
-        raise ValueError(f"vLLM refuses the settings: {_one_line(error)}") from None
+        raise ConfigError(f"vLLM refuses the settings: {_one_line(error)}") from None
     try:
         if on_cpu:
             variables |= _cpu_environment(settings.cpu_threads, arguments.enforce_eager)
@@ -398,10 +402,10 @@ def _engine_arguments(folder: Path, dtype: str, settings: EngineConfig, seed: in
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in settings.extra:
         if name in _OWN_ARGUMENTS:
-            raise ValueError(f"actor.engine.extra may not set '{name}'; the actor sets it")
+            raise ConfigError(f"actor.engine.extra may not set '{name}'; the actor sets it")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise ValueError(
+            raise ConfigError(
                 f"actor.engine.extra: vLLM has no argument '{name}'"
                 + (f"; did you mean '{close[0]}'?" if close else "")
             )
@@ -438,7 +442,7 @@ def _cpu_defaults(settings: EngineConfig) -> dict[str, Any]:
 
 
 def _cpu_environment(threads: str, eager: bool) -> dict[str, str]:
-    """Variables for the engine's process: its threads and, when eager, no compiler (4 s for one small kernel)."""
+    """Variables for the engine's process: threads and, when eager, no compiler (4 s for one small kernel)."""
     variables = {"VLLM_CPU_OMP_THREADS_BIND": threads} | ({"TORCHDYNAMO_DISABLE": "1"} if eager else {})
     if threads == "auto":
         # Unpinned, for engines that share a host would all be pinned to the same cores.

@@ -1,6 +1,6 @@
-"""The vLLM side of a weight update: a weight-transfer engine that loads local, verified safetensors files in flight.
+"""The vLLM side of a weight update: a weight-transfer engine that loads local safetensors files in flight.
 
-It needs no fork of vLLM. Named as worker extension, this module registers the backend when a worker imports it:
+It needs no fork of vLLM: named as worker extension, this module registers the backend as a worker imports it.
 
     vllm serve MODEL --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension \\
         --weight-transfer-config '{"backend": "aspo"}'
@@ -8,10 +8,10 @@ It needs no fork of vLLM. Named as worker extension, this module registers the b
     POST /update_weights        {"update_info": {"files": ["/path/model.safetensors"]}}
     POST /finish_weight_update  {"weight_version": "demo/1/42"}
 
-An update is complete or refused: names, shapes and dtypes are held against the checkpoint that the engine started from
-before the model is touched, and after the load every parameter must have been written. All work happens in
-`/update_weights`, so that a refused update leaves the old weights in service. A second kind of update, such as a sparse
-delta, would be another field of `AspoUpdateInfo` and another branch of `receive_weights`.
+An update is complete or refused: names, shapes and dtypes are held against the checkpoint that the engine
+started from before the model is touched, and after the load every parameter must have been written. All work
+happens in `/update_weights`, so that a refused update leaves the old weights in service. A second kind of
+update, such as a sparse delta, would be another field of `AspoUpdateInfo` and a branch of `receive_weights`.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class TensorSpec(NamedTuple):
 
 
 @dataclass
-class AspoInitInfo(WeightTransferInitInfo):
+class AspoInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """Nothing to agree on: the weights come as local files."""
 
 
 @dataclass
-class AspoUpdateInfo(WeightTransferUpdateInfo):
+class AspoUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """Paths of the safetensors files that together hold every tensor, under checkpoint names."""
 
     files: list[str]
@@ -86,7 +86,7 @@ class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo
         self._written = False
 
     def check(self, files: Iterable[str]) -> None:
-        """Raise `WeightMismatchError` unless `files` hold exactly this model's tensors; reads headers only."""
+        """Raise `WeightMismatchError` unless `files` hold just this model's tensors; reads headers only."""
         optional = {"lm_head.weight"} if _is_tied(self.model_config) else set()
         compare_specs(
             self._reference,
@@ -96,9 +96,9 @@ class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo
         )
 
     def receive_weights(self, update_info: AspoUpdateInfo) -> None:
-        """Check, then load through vLLM's layerwise reload, which keeps the addresses that CUDA graphs captured.
+        """Check, then load through vLLM's layerwise reload, which keeps the addresses CUDA graphs captured.
 
-        Raises `WeightMismatchError` with the model untouched, or `RuntimeError` when the model is no longer whole.
+        Raises `WeightMismatchError` with the model untouched, `RuntimeError` when it is no longer whole.
         """
         from vllm.model_executor.model_loader.reload import (
             finalize_layerwise_reload,
@@ -141,7 +141,7 @@ class AspoWorkerExtension:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index lists them; raises `ValueError` if there are none."""
+    """The safetensors files of a model folder, as its index lists them; raises `ValueError` if none."""
     index = folder / _INDEX
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
@@ -153,7 +153,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def read_specs(files: Iterable[Path]) -> dict[str, TensorSpec]:
-    """Shapes and dtypes by name, from headers alone; raises `WeightMismatchError` for a bad file or a name twice."""
+    """Shapes and dtypes by name, from headers; `WeightMismatchError` for a bad file or a name twice."""
     specs: dict[str, TensorSpec] = {}
     for file in files:
         try:
@@ -185,8 +185,8 @@ def compare_specs(
 ) -> None:
     """Raise `WeightMismatchError` unless `update` has the names and shapes of `reference`.
 
-    A dtype may be the engine's or the reference's; names in `optional` (a tied head, which some checkpoints repeat)
-    may be absent from either side.
+    A dtype may be the engine's or the reference's; names in `optional` (a tied head, which some checkpoints
+    repeat) may be absent from either side.
     """
     missing = reference.keys() - update.keys() - optional
     if missing:
@@ -205,7 +205,7 @@ def compare_specs(
 
 
 def repack_heads(model: torch.nn.Module) -> None:
-    """Pack the output head anew: on a CPU vLLM multiplies by a packed copy, and a reload skips a tied head's."""
+    """Pack the output head anew: on a CPU it is a packed copy, which a reload of a tied head leaves old."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -52,11 +53,12 @@ class Learner:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
         self.policy = Policy(config.model, pick_device(config.learner.device))
-        self._room = self.policy.context_length - config.sampling.max_tokens
+        context = min(self.policy.context_length, config.actor.engine.max_model_len or sys.maxsize)
+        self._room = context - config.sampling.max_tokens
         if self._room < 1:
             raise ConfigError(
-                f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in the "
-                f"model's context of {self.policy.context_length} tokens; lower it"
+                f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in a context "
+                f"of {context} tokens; lower it"
             )
         prompts, held_out = self._load_prompts()
         self.trainer = Trainer(self.policy, config)

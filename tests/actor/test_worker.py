@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from rollouts import write_config
 
 from aspo.codec import decode_group
 from aspo.config import Config, RewardConfig
@@ -23,6 +22,7 @@ from aspo.schemas import Task, VersionSpan
 from aspo_actor.engine import Completion
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.worker import Worker
+from rollouts import write_config
 
 
 class StubEngine:
@@ -99,7 +99,7 @@ def put_tasks(client: redis.Redis, run: str, count: int, **changes: Any) -> Task
 
 async def until(condition: Any, timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - the worker announces nothing
             await asyncio.sleep(0.01)
 
 
