@@ -57,8 +57,8 @@ class Learner:
         self._room = context - config.sampling.max_tokens
         if self._room < 1:
             raise ConfigError(
-                f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in a context "
-                f"of {context} tokens; lower it"
+                f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in "
+                f"a context of {context} tokens; lower it"
             )
         prompts, held_out = self._load_prompts()
         self.trainer = Trainer(self.policy, config)
