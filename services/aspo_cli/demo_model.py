@@ -39,6 +39,9 @@ def write_problems(folder: Path, seed: int) -> None:
 
 def make_model(folder: Path, seed: int, on_step: Callable[[int, float], None]) -> None:
     """Make, warm-start and save the model and its tokenizer; calls `on_step(step, loss)` after every step."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the caller shows its own
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = _new_model(tokenizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -65,11 +66,10 @@ class Processes:
         for process in reversed(self._parts.values()):
             if process.poll() is None:
                 process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_GRACE_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
             _kill_group(process.pid)
+            process.wait()
 
     def __enter__(self) -> Self:
         return self
