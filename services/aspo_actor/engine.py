@@ -43,7 +43,7 @@ _BACKEND = "aspo"
 
 _PROBE_LENGTH = 8
 _SHUTDOWN_S = 5.0
-_UPDATE_TIMEOUT_S = 900.0
+_UPDATE_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 120.0
 _OWN_ARGUMENTS = frozenset(
     [
@@ -170,9 +170,9 @@ class RolloutEngine:
     ) -> list[Completion]:
         """Sample `n` completions of one prompt; returns when all are done, across weight updates.
 
-        With a `seed` the draws repeat under equal weights (about 3 % slower on a CPU). Temperature 0 is
-        greedy: one request, returned `n` times. Raises `ConfigError` for a request that cannot be served and
-        `EngineError` when the engine fails meanwhile.
+        With a `seed` the draws repeat under equal weights. Temperature 0 is greedy: one request, returned
+        `n` times. Raises `ConfigError` for a request that cannot be served and `EngineError` when the engine
+        fails meanwhile.
         """
         if n < 1 or max_tokens < 1:
             raise ConfigError(f"n {n} and max_tokens {max_tokens} must both be at least 1")
@@ -216,9 +216,7 @@ class RolloutEngine:
             self._require_healthy()
             names = [str(Path(file).resolve()) for file in files]
             began = time.perf_counter()
-            for reason in await self._client.collective_rpc("aspo_check_weights", args=(names,)):
-                if reason is not None:
-                    raise WeightsRefusedError(f"weights {version} refused: {reason}")
+            await self._check(names, version)
             checked = time.perf_counter()
             async with self._probation(version):
                 paused, applied = await self._write(names, version)
@@ -241,6 +239,16 @@ class RolloutEngine:
             # Else it reports the process that is about to be stopped as a crash.
             self._client.output_handler.cancel()
         await asyncio.to_thread(self._client.shutdown, _SHUTDOWN_S)
+
+    async def _check(self, names: list[str], version: str) -> None:
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                reasons = await self._client.collective_rpc("aspo_check_weights", args=(names,))
+        except Exception as error:
+            await self._give_up(f"weights {version} could not be checked: {_one_line(error)}")
+            raise EngineError(self._failure) from error
+        for reason in filter(None, reasons):
+            raise WeightsRefusedError(f"weights {version} refused: {reason}")
 
     @contextlib.asynccontextmanager
     async def _probation(self, version: str) -> AsyncIterator[None]:
@@ -320,7 +328,8 @@ class RolloutEngine:
     def _completion(self, sample: Any) -> Completion:
         logprobs = np.asarray(sample.logprobs.logprobs, dtype=np.float32)
         if not np.isfinite(logprobs).all():
-            raise EngineError(f"weights {self._version} give non-finite log-probs")
+            self._failure = f"weights {self._version} give log-probs that are not finite"
+            raise EngineError(self._failure)
         return Completion(
             token_ids=np.asarray(sample.token_ids, dtype=np.int32),
             logprobs=logprobs,
@@ -435,7 +444,7 @@ def _cpu_defaults(settings: EngineConfig) -> dict[str, Any]:
         "enforce_eager": True,
         "kv_cache_memory_bytes": int(settings.cpu_kv_cache_gib * 2**30),
     }
-    if settings.tensor_parallel_size == 1:
+    if settings.tensor_parallel_size == settings.extra.get("pipeline_parallel_size", 1) == 1:
         # vLLM would put a lone CPU worker in a third process; in the engine's own it decodes a third faster.
         defaults["distributed_executor_backend"] = UniProcExecutor
     return defaults

@@ -2,7 +2,7 @@
 
 It needs no fork of vLLM: named as worker extension, this module registers the backend as a worker imports it.
 
-    vllm serve MODEL --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension \\
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension \\
         --weight-transfer-config '{"backend": "aspo"}'
     POST /start_weight_update   {}
     POST /update_weights        {"update_info": {"files": ["/path/model.safetensors"]}}

@@ -345,6 +345,20 @@ async def test_an_untied_head_is_updated_and_a_dead_engine_says_so(folder: Path)
             await untied.probe(1.0)
 
 
+async def test_weights_that_are_not_finite_hand_out_no_token(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "tied-1" / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    async with running(folder / "tied-0", "test/0/0") as engine:
+        sampling = asyncio.create_task(engine.sample(PROMPT, n=64, max_tokens=240, temperature=2.0))
+        await asyncio.sleep(0.1)
+        with pytest.raises(EngineError, match="not finite"):
+            await engine.apply_weights([tmp_path / "model.safetensors"], "test/0/1")
+        with pytest.raises(EngineError, match="not finite"):
+            await sampling
+        assert not engine.healthy
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

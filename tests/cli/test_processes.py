@@ -23,6 +23,11 @@ PARENT = [
 ]
 
 
+def watch(parts: Processes) -> None:
+    while not parts.finished("learner"):
+        time.sleep(0.02)
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -36,8 +41,7 @@ def test_a_death_is_reported_with_its_last_lines(tmp_path: Path) -> None:
         parts.start("redis", SLEEP)
         parts.start("learner", [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"])
         with pytest.raises(PartFailed, match=r"learner ended with code 3; .*\n(.*\n)*the reason"):
-            while not parts.finished("learner"):
-                time.sleep(0.02)
+            watch(parts)
 
 
 def test_a_part_that_should_go_on_may_not_end_even_well(tmp_path: Path) -> None:
@@ -45,8 +49,7 @@ def test_a_part_that_should_go_on_may_not_end_even_well(tmp_path: Path) -> None:
         parts.start("actor", [sys.executable, "-c", ""])
         parts.start("learner", SLEEP)
         with pytest.raises(PartFailed, match="actor ended with code 0"):
-            while not parts.finished("learner"):
-                time.sleep(0.02)
+            watch(parts)
 
 
 def test_nothing_is_left_behind_not_even_a_childs_child(tmp_path: Path) -> None:
@@ -66,9 +69,9 @@ def test_nothing_is_left_behind_not_even_a_childs_child(tmp_path: Path) -> None:
 
 def test_a_part_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aspo_cli.processes.STOP_GRACE_S", 0.5)
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    stubborn = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
     with Processes(tmp_path) as parts:
-        parts.start("actor", [sys.executable, "-c", stubborn])
+        parts.start("actor", [sys.executable, "-c", f"import signal, time; {stubborn}"])
         while not parts.tail("actor"):
             time.sleep(0.02)
     assert parts._parts["actor"].returncode == -signal.SIGKILL
