@@ -6,10 +6,13 @@ asyncio.run(Actor(config).run())
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
+import shutil
 import signal
 import socket
+import zlib
 
 import redis
 
@@ -30,6 +33,8 @@ log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 TIME_TO_LIVE_S = 10.0
 GRACE_S = 20.0
+PROBE_EVERY_S = 30.0
+PROBE_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 300.0
 
 
@@ -70,7 +75,10 @@ class Actor:
                     await self._serve(client)
             finally:
                 beating.cancel()
-                await asyncio.to_thread(withdraw, self._redis, self._config.run.name, self.id)
+                with contextlib.suppress(redis.RedisError):
+                    await asyncio.to_thread(withdraw, self._redis, self._config.run.name, self.id)
+                if self._config.actor.id is None:  # nobody comes back under this name
+                    await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
 
     def status(self) -> ActorStatus:
         """A snapshot for `/v1/status` and the heartbeat; safe from any thread."""
@@ -125,14 +133,14 @@ class Actor:
         self._sync = WeightSync(client, engine)
         self._worker = Worker(self._config, self.id, self._redis, engine, scorer, self._sync)
         self._engine, self._state = engine, "sampling"
-        following = asyncio.create_task(self._sync.run())
         working = asyncio.create_task(self._worker.run())
-        done, _ = await asyncio.wait({leaving, following, working}, return_when=asyncio.FIRST_COMPLETED)
+        others = {asyncio.create_task(self._sync.run()), asyncio.create_task(_keep_probing(engine))}
+        done, _ = await asyncio.wait({leaving, working, *others}, return_when=asyncio.FIRST_COMPLETED)
         self._state = "draining"
         failed = done - {leaving}
         await self._worker.drain(0.0 if failed else GRACE_S)
-        following.cancel()
-        working.cancel()
+        for task in (working, *others):
+            task.cancel()
         for job in failed:
             job.result()
 
@@ -145,7 +153,8 @@ class Actor:
             self._config.model.dtype,
             self._config.actor.engine,
             version=manifest.version,
-            seed=self._config.run.seed,
+            # Actors of one run must not all draw alike.
+            seed=self._config.run.seed + zlib.crc32(self.id.encode()) % 2**16,
         )
         log.info("engine runs %s", manifest.version)
         return engine
@@ -159,6 +168,7 @@ class Actor:
                     return manifest
             except WeightsError as error:
                 log.warning("waiting for the learner: %s", error)
+                await asyncio.sleep(HEARTBEAT_S)
 
     async def _heartbeat(self, url: str) -> None:
         while True:
@@ -171,3 +181,10 @@ class Actor:
             except redis.RedisError as error:
                 log.warning("Redis: %s; not announced", error)
             await asyncio.sleep(HEARTBEAT_S)
+
+
+async def _keep_probing(engine: RolloutEngine) -> None:
+    """Generate a token every so often: vLLM's own health check does not see a hung engine."""
+    while True:
+        await asyncio.sleep(PROBE_EVERY_S)
+        await engine.probe(PROBE_TIMEOUT_S)

@@ -45,28 +45,12 @@ _PROBE_LENGTH = 8
 _SHUTDOWN_S = 5.0
 _UPDATE_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 120.0
-_OWN_ARGUMENTS = frozenset(
-    [
-        "model",
-        "tokenizer",
-        "dtype",
-        "seed",
-        "max_model_len",
-        "max_num_seqs",
-        "tensor_parallel_size",
-        "data_parallel_size",
-        "gpu_memory_utilization",
-        "logprobs_mode",
-        "skip_tokenizer_init",
-        "trust_remote_code",
-        "worker_extension_cls",
-        "weight_transfer_config",
-    ]
-)
 
 
 class EngineError(AspoError, RuntimeError):
     """The engine did not start, is dead or hung, or lost its weights; its text is one line."""
+
+    exit_code = 1
 
 
 class WeightsRefusedError(AspoError, ValueError):
@@ -409,32 +393,36 @@ def _engine_arguments(folder: Path, dtype: str, settings: EngineConfig, seed: in
     from vllm.engine.arg_utils import AsyncEngineArgs
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    own: dict[str, Any] = {
+        "model": str(folder),
+        "tokenizer": None,
+        "skip_tokenizer_init": False,
+        "trust_remote_code": False,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "data_parallel_size": settings.data_parallel_size,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": _EXTENSION,
+        "weight_transfer_config": WeightTransferConfig(backend=_BACKEND),
+    }
+    if on_cpu:
+        # Split between steps, the prompt of a request with a seed kills vLLM's CPU runner.
+        own["enable_chunked_prefill"] = False
     for name in settings.extra:
-        if name in _OWN_ARGUMENTS:
+        if name in own:
             raise ConfigError(f"actor.engine.extra may not set '{name}'; the actor sets it")
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"actor.engine.extra: vLLM has no argument '{name}'"
-                + (f"; did you mean '{close[0]}'?" if close else "")
-            )
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ConfigError(f"actor.engine.extra: vLLM has no argument '{name}'{hint}")
     defaults: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
     if on_cpu:
         defaults |= _cpu_defaults(settings)
-    return AsyncEngineArgs(
-        model=str(folder),
-        dtype=dtype,
-        seed=seed,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_num_seqs,
-        tensor_parallel_size=settings.tensor_parallel_size,
-        data_parallel_size=settings.data_parallel_size,
-        gpu_memory_utilization=settings.gpu_memory_utilization,
-        logprobs_mode="processed_logprobs",
-        worker_extension_cls=_EXTENSION,
-        weight_transfer_config=WeightTransferConfig(backend=_BACKEND),
-        **(defaults | settings.extra),
-    )
+    return AsyncEngineArgs(**(defaults | settings.extra | own))
 
 
 def _cpu_defaults(settings: EngineConfig) -> dict[str, Any]:

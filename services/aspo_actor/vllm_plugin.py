@@ -2,8 +2,8 @@
 
 It needs no fork of vLLM: named as worker extension, this module registers the backend as a worker imports it.
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension \\
-        --weight-transfer-config '{"backend": "aspo"}'
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "aspo"}' \\
+        --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension
     POST /start_weight_update   {}
     POST /update_weights        {"update_info": {"files": ["/path/model.safetensors"]}}
     POST /finish_weight_update  {"weight_version": "demo/1/42"}

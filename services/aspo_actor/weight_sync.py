@@ -41,7 +41,7 @@ class WeightSync:
             try:
                 await self.sync_once(wait_s=_LONG_POLL_S)
             except VersionGone:
-                continue  # collected while we pulled it: take the newer one
+                await asyncio.sleep(_RETRY_S / 10)  # collected while we pulled it: take the newer one
             except WeightsError as error:
                 log.warning("weights: %s; still running %s", error, self._engine.version)
                 await asyncio.sleep(_RETRY_S)

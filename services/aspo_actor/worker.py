@@ -45,6 +45,7 @@ class Worker:
         self._group_size = config.sampling.group_size
         self._max_samples = config.actor.max_samples or config.actor.engine.max_num_seqs + self._group_size
         self._store_lock = asyncio.Lock()
+        self._claiming = asyncio.Lock()
         self._claims: dict[asyncio.Task[None], Claim] = {}
         self._draining = asyncio.Event()
         self._sampled: deque[tuple[float, int]] = deque()
@@ -81,37 +82,40 @@ class Worker:
     async def drain(self, grace_s: float) -> None:
         """Take no more tasks, finish those in flight within the grace, hand the others back."""
         self._draining.set()
-        if self._claims:
-            await asyncio.wait(self._claims, timeout=grace_s)
-        left = [claim for job, claim in self._claims.items() if not job.done()]
-        for job in list(self._claims):
+        async with self._claiming:  # a claim under way may still bring tasks
+            jobs = list(self._claims)
+        if jobs:
+            await asyncio.wait(jobs, timeout=grace_s)
+        left = [claim for job, claim in self._claims.items() if not _succeeded(job)]
+        for job in jobs:
             job.cancel()
         if left:
-            await asyncio.to_thread(self._tasks.hand_back, self._actor, left)
+            await asyncio.to_thread(self._hand_back, left)
 
     async def _fill(self) -> None:
         room = math.ceil(self._free_places / self._group_size)
         if room <= 0:
             return
-        try:
-            claims = await asyncio.to_thread(
-                self._tasks.claim, self._actor, count=room, block_ms=_CLAIM_WAIT_MS
-            )
-        except redis.RedisError as error:
-            log.warning("Redis: %s; trying again", error)
-            await asyncio.sleep(_RETRY_S)
-            return
-        for claim in claims:
-            self._claims[asyncio.create_task(self._do(claim))] = claim
+        async with self._claiming:
+            try:
+                claims = await asyncio.to_thread(
+                    self._tasks.claim, self._actor, count=room, block_ms=_CLAIM_WAIT_MS
+                )
+            except redis.RedisError as error:
+                log.warning("Redis: %s; trying again", error)
+                await asyncio.sleep(_RETRY_S)
+                return
+            for claim in claims:
+                self._claims[asyncio.create_task(self._do(claim))] = claim
 
     async def _wait_for_room(self) -> None:
         """Drop finished jobs; while all places are taken, wait for one to come free."""
         if self._free_places <= 0:
             await asyncio.wait(self._claims, return_when=asyncio.FIRST_COMPLETED)
         for job in [job for job in self._claims if job.done()]:
-            del self._claims[job]
             if not job.cancelled():  # by a drain, which hands its task back
                 job.result()
+            del self._claims[job]
 
     async def _do(self, claim: Claim) -> None:
         task = claim.task
@@ -150,10 +154,20 @@ class Worker:
             except redis.RedisError as error:
                 log.warning("Redis: %s; leases not renewed", error)
 
+    def _hand_back(self, claims: Sequence[Claim]) -> None:
+        try:
+            self._tasks.hand_back(self._actor, claims)
+        except redis.RedisError as error:
+            log.warning("Redis: %s; %d tasks go on when their leases run out", error, len(claims))
+
     def _count(self, completions: Sequence[Completion]) -> None:
         tokens = sum(len(c.token_ids) for c in completions)
         self.tokens += tokens
         self._sampled.append((time.monotonic(), tokens))
+
+
+def _succeeded(job: asyncio.Task[None]) -> bool:
+    return job.done() and not job.cancelled() and job.exception() is None
 
 
 def assemble(task: Task, actor: str, completions: Sequence[Completion], scores: Scores) -> RolloutGroup:

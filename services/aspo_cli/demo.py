@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from aspo.config import load_config
+from aspo.config import Config, load_config
 from aspo.errors import AspoError
 from aspo_cli import demo_model, status
 from aspo_cli.demo_task import MAX_COMPLETION_TOKENS
@@ -57,7 +57,7 @@ ratio_reference = "behavior"
 
 [learner]
 threads = {learner_threads}
-port = {learner_port}
+port = {learner_port}  # as in actor.learner_url
 steps = 200
 batch_prompts = 32
 mini_batch_prompts = 32
@@ -163,15 +163,17 @@ def _start(parts: Processes, folder: Path, ports: dict[str, int], overrides: lis
         parts.start(name, [sys.executable, "-m", "aspo_cli", name, *flags])
 
 
-def _watch(parts: Processes, ports: dict[str, int], console: Console) -> None:
+def _watch(parts: Processes, config: Config, console: Console) -> None:
     """Show the learner's status until it is done."""
-    url = f"http://127.0.0.1:{ports['learner_port']}"
+    url = config.actor.learner_url
+    token = config.auth.reader_token or config.auth.actor_token or config.auth.operator_token
+    secret = token.get_secret_value() if token else None
     started = time.monotonic()
     seen: dict[str, Any] | None = None
     with Live(console=console, refresh_per_second=4) as live:
         while not parts.finished("learner"):
             with contextlib.suppress(AspoError):  # not up yet, or just done: the parts' own exits decide
-                seen = status.fetch_status(url)
+                seen = status.fetch_status(url, secret)
             live.update(_view(seen, time.monotonic() - started, url))
             time.sleep(0.5)
 

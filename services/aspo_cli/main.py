@@ -10,7 +10,6 @@ import typer
 
 from aspo.errors import AspoError
 
-USER_ERROR = 2
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -36,7 +35,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seeds model, data, sampling and training.")] = 0,
     runs: Annotated[Path, typer.Option(help="Parent folder of the run's folder.")] = Path("runs"),
     name: Annotated[
-        str, typer.Option(help="The run's name; a finished run of that name is replaced.")
+        str, typer.Option(help="The run's name; a former run of that name is moved aside.")
     ] = "demo",
     overrides: Overrides = None,
 ) -> None:
@@ -107,4 +106,4 @@ def run() -> None:
         app()
     except AspoError as error:
         print(f"aspo: error: {error}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(error.exit_code)

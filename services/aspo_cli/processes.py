@@ -23,6 +23,8 @@ _LAST_LINES = 15
 class PartFailed(AspoError):
     """A part of the service ended by itself; the text holds the last lines of its log."""
 
+    exit_code = 1
+
 
 class Processes:
     """Starts parts, notices when one dies, and stops all of them on the way out."""
@@ -62,14 +64,20 @@ class Processes:
         return "\n".join(self._log(name).read_text(errors="replace").splitlines()[-_LAST_LINES:])
 
     def stop(self) -> None:
-        """End all parts, last started first: SIGTERM, and SIGKILL to what is left after the grace."""
-        for process in reversed(self._parts.values()):
-            if process.poll() is None:
-                process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_GRACE_S)
-            _kill_group(process.pid)
-            process.wait()
+        """End all parts, last started first: SIGTERM, and SIGKILL to what is left after the grace.
+
+        Interrupted while it waits, it kills what is left at once.
+        """
+        try:
+            for process in reversed(self._parts.values()):
+                if process.poll() is None:
+                    process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_GRACE_S)
+        finally:
+            for process in self._parts.values():
+                _kill_group(process.pid)
+                process.wait()
 
     def __enter__(self) -> Self:
         return self

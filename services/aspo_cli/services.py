@@ -9,7 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
+import redis
+
 from aspo.config import load_config
+from aspo.queue import QueueError
 from aspo.telemetry import setup_logging
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,10 @@ def run_learner(path: Path, overrides: list[str]) -> None:
 
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
-    learner.run()
+    try:
+        learner.run()
+    except redis.RedisError as error:
+        raise QueueError(f"Redis was lost ({error}); start it, then the learner: it resumes") from error
 
 
 def run_actor(path: Path, overrides: list[str]) -> None:

@@ -34,13 +34,15 @@ def fetch_status(url: str, token: str | None = None, timeout_s: float = 5.0) -> 
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             status: Status = json.load(response)
-            return status
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url} answered {error.code}; pass --token or set ASPO_TOKEN") from None
     except (OSError, ValueError) as error:
         raise LearnerUnreachable(
             f"no learner answers at {url} ({error}); start one or pass --learner URL"
         ) from None
+    if "actors" not in status:
+        raise ConfigError(f"{url} is not a learner; pass its URL with --learner")
+    return status
 
 
 def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> None:

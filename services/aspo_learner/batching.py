@@ -105,9 +105,14 @@ def collate(
     return MicroBatch(*tensors, tuple(indices))  # type: ignore[arg-type, call-arg]
 
 
-def staleness_of(group: RolloutGroup, current: PolicyVersion) -> int:
-    """How many versions the group's oldest token lags behind `current`."""
-    steps = [PolicyVersion.parse(v).step for v in {span.version for spans in group.spans for span in spans}]
+def staleness_of(group: RolloutGroup, current: PolicyVersion, branch: int = 0) -> int:
+    """How many versions the group's oldest token lags behind `current`.
+
+    `branch` is the step at which the current epoch began: what an earlier epoch did beyond it is on a
+    timeline that was lost, and lags from the branch.
+    """
+    versions = {PolicyVersion.parse(span.version) for spans in group.spans for span in spans}
+    steps = [v.step if v.epoch == current.epoch else min(v.step, branch) for v in versions]
     return current.step - min(steps, default=current.step)
 
 

@@ -19,6 +19,8 @@ import torch
 from blake3 import blake3
 from torch import Tensor, nn
 
+from aspo.config import ConfigError
+
 log = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
 
@@ -34,10 +36,9 @@ class Checkpoints:
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> Path:
         """Write a checkpoint durably and drop those beyond the newest `keep`; `state` is JSON data."""
-        target = self._folder / f"step-{step:08}"
+        target = self._new_name(step)
         partial = self._folder / f".partial-{step:08}"
-        for leftover in (target, partial):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         safetensors.torch.save_file(dict(model.named_parameters()), partial / "model.safetensors")
         safetensors.torch.save_file(_flatten(optimizer, model), partial / "optimizer.safetensors")
@@ -66,6 +67,11 @@ class Checkpoints:
             with torch.no_grad():
                 saved = safetensors.torch.load_file(folder / "model.safetensors")
                 for name, parameter in model.named_parameters():
+                    if name not in saved or saved[name].shape != parameter.shape:
+                        raise ConfigError(
+                            f"{folder} is of another model ({name} differs); choose another run.name, or set "
+                            "model.path back"
+                        )
                     parameter.copy_(saved[name])
             _unflatten(safetensors.torch.load_file(folder / "optimizer.safetensors"), optimizer, model)
             state: dict[str, Any] = json.loads((folder / "state.json").read_text())
@@ -73,6 +79,11 @@ class Checkpoints:
             torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
             return state
         return None
+
+    def _new_name(self, step: int) -> Path:
+        """A name beside the checkpoints there are: none is removed before its successor is durable."""
+        names = [f"step-{step:08}", *(f"step-{step:08}-{again:04}" for again in range(1, 10_000))]
+        return next(path for name in names if not (path := self._folder / name).exists())
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))

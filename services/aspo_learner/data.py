@@ -48,6 +48,8 @@ def load_prompts(
     prompts, skipped = [], 0
     for number, row in enumerate(rows):
         token_ids = _tokenize(row[config.prompt_column], tokenizer, config.chat_template)
+        if not token_ids:
+            raise ConfigError(f"{path}, row {number}: the prompt is empty; remove the row")
         if len(token_ids) <= max_prompt_tokens:
             prompts.append(Prompt(token_ids, {name: row[name] for name in config.reward_columns}))
         elif config.overlong_prompts == "skip":
@@ -84,10 +86,12 @@ def _load_rows(path: str, split: str) -> Any:
 
 def _tokenize(prompt: Any, tokenizer: Any, chat_template: bool | None) -> list[int]:
     use_template = chat_template if chat_template is not None else bool(tokenizer.chat_template)
-    if use_template:
+    if use_template and prompt:
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not prompt:
+        return []
     if not isinstance(prompt, str):
         raise ConfigError(
             "prompts that are lists of messages need a chat template; set data.chat_template = true"

@@ -7,13 +7,16 @@ Tasks are the actors' credits, so no actor can sample further ahead than the lea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 
 from aspo.config import Config
 from aspo.queue import TaskQueue
 from aspo.schemas import Purpose, Task
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.ledger import Ledger
+
+log = logging.getLogger(__name__)
 
 
 def task_uid(run: str, purpose: Purpose, index: int) -> str:
@@ -24,7 +27,8 @@ def task_uid(run: str, purpose: Purpose, index: int) -> str:
 def task_index(uid: str, run: str, purpose: Purpose) -> int | None:
     """The index in a uid of this run and purpose, else None."""
     prefix, _, number = uid.rpartition(":")
-    return int(number) if prefix == f"{run}:{purpose}" and number.isdecimal() else None
+    known = prefix == f"{run}:{purpose}" and number.isascii() and number.isdecimal() and len(number) < 10
+    return int(number) if known else None
 
 
 class Dispatcher:
@@ -37,14 +41,27 @@ class Dispatcher:
         self._prompts = PromptOrder(prompts, config.run.seed)
         self.cursor = cursor
         self.limit = (config.learner.max_staleness + 1) * config.learner.batch_prompts
-        if queue.next_index("train") < cursor:
-            # Redis has lost its data since the checkpoint: ask again for what has not ended.
-            queue.put(self._task(index) for index in ledger.missing_below(cursor))
 
     @property
     def outstanding(self) -> int:
         """Tasks dispatched whose rollouts have not ended."""
         return self.cursor - len(self._ledger)
+
+    def ask_again(self, held: Collection[int]) -> int:
+        """Ask anew for every task that has neither ended nor arrived (`held`); returns how many there were.
+
+        Right after a start, and when tasks have been lost: what is being worked on is then done twice, and
+        trained once.
+        """
+        missing = [index for index in self._ledger.missing_below(self.cursor) if index not in held]
+        self._queue.reset("train")
+        self._queue.put(self._task(index) for index in missing)
+        return len(missing)
+
+    def recover(self, held: Collection[int]) -> None:
+        """Ask again if tasks are outstanding of which Redis knows nothing any more."""
+        if self.outstanding > len(held) and self._queue.depth()["train"] == 0:
+            log.warning("asked again for %d tasks that were lost", self.ask_again(held))
 
     def top_up(self, remaining_steps: int) -> None:
         """Dispatch tasks up to the bound, but no more than the remaining steps can use."""

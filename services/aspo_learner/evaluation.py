@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,14 +13,17 @@ from aspo.schemas import RolloutGroup, Task
 from aspo_learner.data import Prompt
 from aspo_learner.dispatcher import task_uid
 
+log = logging.getLogger(__name__)
+
 
 class Evaluator:
     """Asks for one evaluation at a time and gathers its answers."""
 
-    def __init__(self, queue: TaskQueue, prompts: Sequence[Prompt], config: Config) -> None:
-        self._queue, self._prompts, self._config = queue, prompts, config
-        self._next_index = queue.next_index("eval")
-        self._awaited: set[str] = set()
+    def __init__(self, queue: TaskQueue, prompts: Sequence[Prompt], config: Config, epoch: int) -> None:
+        self._queue, self._prompts, self._config, self._epoch = queue, prompts, config, epoch
+        self._next_index = 0
+        self._awaited: dict[str, Task] = {}
+        queue.reset("eval")
         self._scores: list[float] = []
 
     @property
@@ -34,20 +38,28 @@ class Evaluator:
             for i, prompt in enumerate(self._prompts[:count])
         ]
         self._next_index += len(tasks)
-        self._awaited, self._scores = {task.uid for task in tasks}, []
+        self._awaited, self._scores = {task.uid: task for task in tasks}, []
         self._queue.put(tasks)
+
+    def recover(self) -> None:
+        """Ask again for answers that are awaited, if Redis knows nothing of their tasks any more."""
+        if self._awaited and self._queue.depth()["eval"] == 0:
+            log.warning("asked again for %d evaluation answers that were lost", len(self._awaited))
+            self._queue.reset("eval")
+            self._queue.put(self._awaited.values())
 
     def take(self, group: RolloutGroup) -> float | None:
         """Take in one answer; returns the accuracy (mean reward) with the last one."""
         if group.uid not in self._awaited:
             return None  # a late duplicate, or an evaluation of a former learner
-        self._awaited.remove(group.uid)
+        del self._awaited[group.uid]
         self._scores.append(float(group.rewards.mean()))
         return None if self._awaited else float(np.mean(self._scores))
 
     def _task(self, index: int, prompt: Prompt, version: str) -> Task:
         return Task(
-            uid=task_uid(self._config.run.name, "eval", index),
+            # With the epoch: an answer to a former learner's question must not pass for one to ours.
+            uid=task_uid(f"{self._config.run.name}:{self._epoch}", "eval", index),
             index=index,
             purpose="eval",
             prompt_ids=prompt.token_ids,

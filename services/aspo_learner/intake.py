@@ -29,6 +29,7 @@ class Limits:
     max_prompt_tokens: int
     max_entry_bytes: int
     max_staleness: int
+    branch: int = 0
 
 
 class Intake:
@@ -38,9 +39,17 @@ class Intake:
     """
 
     def __init__(
-        self, reader: RolloutReader, ledger: Ledger, limits: Limits, on_eval: Callable[[RolloutGroup], None]
+        self,
+        reader: RolloutReader,
+        ledger: Ledger,
+        limits: Limits,
+        *,
+        on_eval: Callable[[RolloutGroup], None],
+        was_asked: Callable[[int], bool],
     ) -> None:
-        self._reader, self._ledger, self._limits, self._on_eval = reader, ledger, limits, on_eval
+        self._reader, self._ledger, self.limits, self._on_eval = reader, ledger, limits, on_eval
+        self._was_asked = was_asked
+        self._seen: set[tuple[bytes, bytes]] = set()
         self._ready: deque[tuple[int, RolloutGroup]] = deque()
         self._held: set[int] = set()
         self._deliveries: dict[int, Delivery] = {}
@@ -48,6 +57,11 @@ class Intake:
         self.ended: Counter[str] = Counter()
         self.tokens = 0
         self.groups = 0
+
+    @property
+    def held(self) -> set[int]:
+        """Indices of the tasks whose groups wait in memory."""
+        return self._held
 
     @property
     def ready(self) -> int:
@@ -59,9 +73,17 @@ class Intake:
         deliveries = self._reader.read(count=_READ_AT_ONCE, block_ms=max(1, int(wait_s * 1000)))
         if not deliveries and not self._reader.streams:
             time.sleep(min(wait_s, 0.05))
-        for delivery in deliveries:
+        fresh = [d for d in deliveries if (d.stream, d.entry_id) not in self._seen]
+        for delivery in fresh:
+            self._seen.add((delivery.stream, delivery.entry_id))
             self._receive(delivery, current)
-        return len(deliveries)
+        return len(fresh)
+
+    def reread(self, current: PolicyVersion) -> None:
+        """Read again what is unacknowledged, in case a reply of Redis was lost; what is known is skipped."""
+        self._reader.replay()
+        for _ in range(len(self._seen) // _READ_AT_ONCE + 2):
+            self.pump(current, 0.0)
 
     def take(self, count: int, current: PolicyVersion) -> list[RolloutGroup] | None:
         """Give `count` groups within the staleness bound, oldest first; None while there are too few."""
@@ -79,18 +101,19 @@ class Intake:
     def acknowledge(self) -> None:
         """Give up everything that has ended; call it once a durable checkpoint holds the ledger."""
         self._reader.acknowledge(self._done)
+        self._seen -= {(delivery.stream, delivery.entry_id) for delivery in self._done}
         self._done = []
 
     def _receive(self, delivery: Delivery, current: PolicyVersion) -> None:
         group: RolloutGroup | None = None
         reason: str | None
         try:
-            group = decode_group(delivery.payload, max_bytes=self._limits.max_entry_bytes)
+            group = decode_group(delivery.payload, max_bytes=self.limits.max_entry_bytes)
             reason = validate_group(
                 group,
-                vocab_size=self._limits.vocab_size,
-                max_tokens=self._limits.max_tokens,
-                max_prompt_tokens=self._limits.max_prompt_tokens,
+                vocab_size=self.limits.vocab_size,
+                max_tokens=self.limits.max_tokens,
+                max_prompt_tokens=self.limits.max_prompt_tokens,
                 current=current,
             )
         except CodecError as error:
@@ -104,8 +127,8 @@ class Intake:
             self._admit(delivery, group)
 
     def _admit(self, delivery: Delivery, group: RolloutGroup) -> None:
-        index = task_index(group.uid, self._limits.run, "train")
-        if index is None:
+        index = task_index(group.uid, self.limits.run, "train")
+        if index is None or not self._was_asked(index):
             self._set_aside(delivery, "foreign-uid")
         elif index in self._ledger or index in self._held:
             self.ended["duplicate"] += 1
@@ -120,7 +143,7 @@ class Intake:
     def _drop_stale(self, current: PolicyVersion) -> None:
         fresh: deque[tuple[int, RolloutGroup]] = deque()
         for index, group in self._ready:
-            if staleness_of(group, current) > self._limits.max_staleness:
+            if staleness_of(group, current, self.limits.branch) > self.limits.max_staleness:
                 self.ended["stale"] += 1
                 self._end(index)
             else:
@@ -138,6 +161,6 @@ class Intake:
         self.ended[code] += 1
         self._reader.quarantine(delivery, reason)
         self._done.append(delivery)
-        index = task_index(delivery.uid, self._limits.run, "train")
-        if index is not None and index not in self._held:
+        index = task_index(delivery.uid, self.limits.run, "train")
+        if index is not None and index not in self._held and self._was_asked(index):
             self._ledger.add(index)

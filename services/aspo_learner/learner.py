@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import redis
 import torch
 
 from aspo.config import Config, ConfigError
 from aspo.http import Server, listen
-from aspo.presence import present
-from aspo.queue import RolloutReader, TaskQueue, connect
-from aspo.schemas import RolloutGroup
+from aspo.presence import ActorStatus, present
+from aspo.queue import RolloutReader, TaskQueue, connect, fault_of
+from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, build_app
@@ -40,6 +41,7 @@ from aspo_learner.trainer import Trainer
 log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SILENCE_S = 10.0
+_OUTAGE_S = 120  # of Redis that the learner waits out
 
 
 class Learner:
@@ -47,7 +49,8 @@ class Learner:
 
     def __init__(self, config: Config) -> None:
         self.config, self.controls = config, Controls()
-        self._redis = connect(config.redis.url)
+        self._redis = connect(config.redis.url, retries=_OUTAGE_S)
+        self._status_redis = connect(config.redis.url)  # the HTTP thread must not wait out an outage
         self._listener = listen(config.learner.host, config.learner.port, config.auth)
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
@@ -67,11 +70,11 @@ class Learner:
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
+        self._checkpoint_seconds = 0.0
         self._ledger, cursor = self._restore()
-        self._connect_queues(prompts, held_out, cursor)
-        self._publisher = Publisher(
-            self._store, self.policy, config.run.name, next_epoch(self._redis, config.run.name, self._store)
-        )
+        epoch = next_epoch(self._redis, config.run.name, self._store)
+        self._publisher = Publisher(self._store, self.policy, config.run.name, epoch)
+        self._connect_queues(prompts, held_out, cursor, epoch)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
@@ -79,6 +82,9 @@ class Learner:
         with Server(app, self._listener) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
             self._publish()
+            while self._intake.pump(self._current, 0.0):
+                pass  # what a former learner left unacknowledged
+            self._dispatcher.ask_again(self._intake.held)
             if self.step == 0:
                 self._history.accuracy_before = self._evaluate_now("evaluating before training")
             self._dispatch()
@@ -87,9 +93,7 @@ class Learner:
             self._history.accuracy_after = self._evaluate_now("evaluating after training")
             self._checkpoint()
             self._phase = "done"
-            return self._history.finish(
-                self._publisher, self.policy, present(self._redis, self.config.run.name)
-            )
+            return self._history.finish(self._publisher, self.policy, self._actors())
 
     def status(self) -> LearnerStatus:
         """A snapshot for `/v1/status`; safe from any thread."""
@@ -109,18 +113,24 @@ class Learner:
             uptime_seconds=history.seconds,
             ended=dict(self._intake.ended),
             metrics=dict(history.last),
-            actors=present(self._redis, self.config.run.name),
+            actors=self._actors(),
         )
 
     def not_ready(self) -> str | None:
         """Why the learner cannot do its work now, None if it can."""
         if self._store.latest() is None:
             return "no version is published yet"
+        return fault_of(self.config.redis.url)
+
+    @property
+    def _current(self) -> PolicyVersion:
+        return self._publisher.version(self.step)
+
+    def _actors(self) -> list[ActorStatus]:
         try:
-            self._redis.ping()
-        except Exception as error:  # a probe reports any fault of the connection
-            return f"Redis does not answer: {error}"
-        return None
+            return present(self._status_redis, self.config.run.name)
+        except redis.RedisError:
+            return []
 
     def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         data, held_out = self.config.data, self.config.eval
@@ -136,6 +146,7 @@ class Learner:
         """Continue from the newest intact checkpoint, if there is one."""
         state = self._checkpoints.load(self.policy.model, self.trainer.optimizer)
         if state is None:
+            self._history.forget()
             return Ledger(), 0
         self.step = state["step"]
         self.trainer.load_state(state["trainer"])
@@ -143,11 +154,13 @@ class Learner:
         log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
         return Ledger.load(state["ledger"]), state["cursor"]
 
-    def _connect_queues(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], cursor: int) -> None:
+    def _connect_queues(
+        self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], cursor: int, epoch: int
+    ) -> None:
         config = self.config
         self._tasks = TaskQueue(self._redis, config.run.name, lease_s=config.redis.task_lease_s)
         self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
-        self._evaluator = Evaluator(self._tasks, held_out, config) if held_out else None
+        self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
         limits = Limits(
             run=config.run.name,
             vocab_size=self.policy.vocab_size,
@@ -155,9 +168,17 @@ class Learner:
             max_prompt_tokens=self._room,
             max_entry_bytes=config.redis.max_entry_mib * 2**20,
             max_staleness=config.learner.max_staleness,
+            branch=self.step,
         )
         reader = RolloutReader(self._redis, config.run.name)
-        self._reader, self._intake = reader, Intake(reader, self._ledger, limits, self._on_evaluated)
+        self._reader = reader
+        self._intake = Intake(
+            reader,
+            self._ledger,
+            limits,
+            on_eval=self._on_evaluated,
+            was_asked=lambda index: index < self._dispatcher.cursor,
+        )
 
     def _finished(self) -> bool:
         """Whether to stop; says why."""
@@ -186,44 +207,45 @@ class Learner:
         self.step += 1
         self._publish_if_due()
         self._dispatch()
-        published = time.monotonic()
-        if self.step % self.config.learner.checkpoint_every == 0 or self.controls.checkpoint.is_set():
-            self._checkpoint()
         metrics |= {
             "wait_seconds": taken - started,
             "train_seconds": trained - taken,
-            "publish_seconds": published - trained,
-            "checkpoint_seconds": time.monotonic() - published,
+            "publish_seconds": time.monotonic() - trained,
+            "checkpoint_seconds": self._checkpoint_seconds,
         }
-        self._record(metrics)
+        self._checkpoint_seconds = 0.0
+        self._record(metrics)  # before the checkpoint, which must cover it
+        if self.step % self.config.learner.checkpoint_every == 0 or self.controls.checkpoint.is_set():
+            self._checkpoint()
 
     def _wait_for_batch(self) -> list[RolloutGroup] | None:
         """Wait for a whole batch; None when told to stop."""
-        heard = time.monotonic()
-        self._intake.pump(self._publisher.version(self.step), 0.0)
+        self._heard = time.monotonic()
+        self._intake.pump(self._current, 0.0)
         while not self.controls.stop.is_set():
-            current = self._publisher.version(self.step)
+            if self.controls.checkpoint.is_set():
+                self._checkpoint()
             if self.controls.running.is_set():
-                batch = self._intake.take(self.config.learner.batch_prompts, current)
+                batch = self._intake.take(self.config.learner.batch_prompts, self._current)
                 if batch is not None:
                     return batch
             self._dispatch()
             self._phase = "waiting for rollouts" if self.controls.running.is_set() else "paused"
-            arrived = self._intake.pump(current, _POLL_S)
-            if arrived:
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _SILENCE_S:
-                heard = time.monotonic()
-                self._report_silence()
+            self._listen()
         return None
 
-    def _report_silence(self) -> None:
-        actors = present(self._redis, self.config.run.name)
-        names = (
-            ", ".join(f"{actor.id} ({actor.state})" for actor in actors)
-            or "none; start one with `aspo actor`"
-        )
-        log.warning("no rollout for %.0f s; actors alive: %s", _SILENCE_S, names)
+    def _listen(self) -> None:
+        """Take in what arrives; after a long silence say so, and ask again for what may have been lost."""
+        if self._intake.pump(self._current, _POLL_S):
+            self._heard = time.monotonic()
+        elif time.monotonic() - self._heard > _SILENCE_S and self.controls.running.is_set():
+            self._heard = time.monotonic()
+            names = ", ".join(f"{actor.id} ({actor.state})" for actor in self._actors())
+            log.warning("no rollout for %.0f s; actors: %s", _SILENCE_S, names or "none; start `aspo actor`")
+            self._intake.reread(self._current)
+            self._dispatcher.recover(self._intake.held)
+            if self._evaluator is not None:
+                self._evaluator.recover()
 
     def _dispatch(self) -> None:
         self._dispatcher.top_up(self.config.learner.steps - self.step)
@@ -241,6 +263,7 @@ class Learner:
 
     def _checkpoint(self) -> None:
         """Make all that has ended durable, then acknowledge it."""
+        started = time.monotonic()
         self.controls.checkpoint.clear()
         state = {
             "trainer": self.trainer.state(),
@@ -250,20 +273,17 @@ class Learner:
         }
         self._checkpoints.save(self.step, self.policy.model, self.trainer.optimizer, state)
         self._intake.acknowledge()
+        self._checkpoint_seconds = time.monotonic() - started
 
     def _evaluate_now(self, phase: str) -> float | None:
         """Publish, and wait for the accuracy of exactly these weights on the whole held-out set."""
         if self._evaluator is None or self.controls.stop.is_set():
             return None
-        self._phase, heard = phase, time.monotonic()
+        self._phase, self._heard = phase, time.monotonic()
         self._publish()
         self._evaluator.start(str(self._store.latest()))
         while self._evaluator.running and not self.controls.stop.is_set():
-            if self._intake.pump(self._publisher.version(self.step), _POLL_S):
-                heard = time.monotonic()
-            elif time.monotonic() - heard > _SILENCE_S:
-                heard = time.monotonic()
-                self._report_silence()
+            self._listen()
         return None if self._evaluator.running else self._history.accuracy
 
     def _on_evaluated(self, group: RolloutGroup) -> None:
@@ -274,8 +294,8 @@ class Learner:
 
     def _describe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """The batch's own figures: reward, length, staleness, repetition."""
-        current = self._publisher.version(self.step)
-        staleness = [staleness_of(group, current) for group in groups]
+        branch = self._intake.limits.branch
+        staleness = [staleness_of(group, self._current, branch) for group in groups]
         rewards = np.concatenate([group.rewards for group in groups])
         lengths = np.concatenate([group.lengths for group in groups])
         better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])

@@ -94,8 +94,11 @@ def load_model(path: str) -> nn.Module:
             raise ConfigError(
                 f"{path}: models with {name} are not supported; their logits are not a plain product"
             )
-    model: nn.Module = _from_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
-    return model
+    model: Any = _from_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ConfigError(f"{path}: an output head with a bias is not supported")
+    loaded: nn.Module = model
+    return loaded
 
 
 def load_tokenizer(path: str) -> Any:

@@ -67,6 +67,10 @@ class RunHistory:
             "seconds": self.seconds,
         }
 
+    def forget(self) -> None:
+        """Begin anew: what a run that left no checkpoint wrote is not part of this one."""
+        (self._folder / "metrics.jsonl").write_text("")
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`: metrics.jsonl is cut back to the steps that the checkpoint holds."""
         self.accuracy_before, self.accuracy = state["accuracy_before"], state["accuracy"]

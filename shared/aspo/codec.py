@@ -24,6 +24,7 @@ from blake3 import blake3
 from msgspec import Meta
 from numpy.typing import NDArray
 
+from aspo.errors import AspoError
 from aspo.schemas import SCHEMA_VERSION, FinishReason, PolicyVersion, Purpose, RolloutGroup, Task, VersionSpan
 
 MAX_GROUP_BYTES = 64 * 2**20
@@ -77,7 +78,7 @@ _PerToken4 = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 _Spans = Annotated[tuple[VersionSpan, ...], Meta(max_length=MAX_SPANS)]
 
 
-class CodecError(ValueError):
+class CodecError(AspoError, ValueError):
     """A frame cannot be written or read; `code` is one of `CodecFault`, the text is for people."""
 
     def __init__(self, code: CodecFault, text: str) -> None:

@@ -28,6 +28,7 @@ from aspo.errors import AspoError
 
 ENV_PREFIX = "ASPO_"
 ENV_DELIMITER = "__"
+MAX_GROUP_TOKENS = 2**22  # of one rollout group; what the codec carries
 TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the services
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -50,7 +51,7 @@ class RunConfig(Section):
 
     name: Name = Field("default", description="Names versions, keys and folders.")
     dir: Path = Field(Path("runs"), description="Parent folder of the run's folder.")
-    seed: int = Field(0, ge=0, description="Seeds data order, the learner and the sampling of every task.")
+    seed: int = Field(0, ge=0, description="Seeds the data order, the learner and the actors' engines.")
 
     @property
     def path(self) -> Path:
@@ -111,7 +112,7 @@ class SamplingConfig(Section):
 
     group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
     max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
-    temperature: float = Field(1.0, gt=0.0, le=10.0, description="Applied by actor and learner alike.")
+    temperature: float = Field(1.0, ge=0.01, le=2.0, description="Applied by actor and learner alike.")
 
 
 class RewardConfig(Section):
@@ -233,9 +234,11 @@ class ActorConfig(Section):
 class AuthConfig(Section):
     """Bearer tokens by scope; with none set, only loopback addresses may be served."""
 
-    reader_token: SecretStr | None = Field(None, description="GET /v1/status and friends.")
-    actor_token: SecretStr | None = Field(None, description="Weight routes; also reads.")
-    operator_token: SecretStr | None = Field(None, description="Everything, the changing routes included.")
+    reader_token: SecretStr | None = Field(None, min_length=1, description="GET /v1/status and friends.")
+    actor_token: SecretStr | None = Field(None, min_length=1, description="Weight routes; also reads.")
+    operator_token: SecretStr | None = Field(
+        None, min_length=1, description="Everything, the changing routes included."
+    )
 
 
 class Config(BaseSettings):
@@ -257,6 +260,20 @@ class Config(BaseSettings):
     weights: WeightsConfig = WeightsConfig()
     actor: ActorConfig = ActorConfig()
     auth: AuthConfig = AuthConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        bound = self.learner.max_staleness + 1
+        if self.weights.publish_every > bound:
+            raise ValueError(
+                f"weights.publish_every ({self.weights.publish_every}) exceeds learner.max_staleness + 1 "
+                f"({bound}): all data would be too stale; lower it or raise max_staleness"
+            )
+        if self.sampling.group_size * self.sampling.max_tokens > MAX_GROUP_TOKENS:
+            raise ValueError(
+                f"sampling.group_size * max_tokens exceeds {MAX_GROUP_TOKENS} tokens a group; lower one"
+            )
+        return self
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
@@ -282,7 +299,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     _refuse_unknown_variables()
     try:
         settings = FileConfig(**_parse_overrides(overrides))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}; give lists and tables as JSON") from None
@@ -300,6 +317,8 @@ def describe_validation_error(error: ValidationError) -> str:
             faults.append(f"unknown key '{key}'{_suggest(detail['loc'])}")
         elif detail["type"] == "missing":
             faults.append(f"'{key}' is not set; add it")
+        elif detail["type"] == "value_error":
+            faults.append(detail["msg"].removeprefix("Value error, "))
         else:
             faults.append(f"'{key}': {detail['msg']} (got {detail['input']!r})")
     return "; ".join(faults)

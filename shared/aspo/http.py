@@ -91,6 +91,7 @@ def create_app(
     app.state.closing = asyncio.Event()  # set when the server is told to stop: long-polls answer then
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
+    app.add_exception_handler(Exception, _on_fault)
 
     @app.get("/livez", response_class=PlainTextResponse, tags=["probes"])
     async def livez() -> str:
@@ -98,7 +99,7 @@ def create_app(
         return "ok"
 
     @app.get("/readyz", tags=["probes"])
-    async def readyz() -> Response:
+    def readyz() -> Response:
         """Say whether the service can do its work now, and if not why."""
         reason = ready()
         return PlainTextResponse(reason or "ok", status_code=503 if reason else 200)
@@ -122,7 +123,7 @@ def require(scope: Scope) -> Any:
         if not tokens:
             return  # `Server` has made sure that only loopback addresses are served
         given = credentials.credentials if credentials else ""
-        if not any(_matches(given, tokens.get(granted)) for granted in _GRANTED[scope]):
+        if not given or not any(_matches(given, tokens.get(granted)) for granted in _GRANTED[scope]):
             status, code = (403, "forbidden") if given else (401, "unauthorized")
             raise ApiError(
                 status, code, f"this route needs a {scope.value} token", "send Authorization: Bearer TOKEN"
@@ -150,6 +151,10 @@ async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     return _error(422, "bad_request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "see /docs")
+
+
+async def _on_fault(request: Request, error: Exception) -> JSONResponse:
+    return _error(500, "internal", f"{type(error).__name__} in {request.url.path}", "see the service's log")
 
 
 def _error(status: int, code: str, message: str, hint: str) -> JSONResponse:

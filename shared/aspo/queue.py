@@ -38,18 +38,16 @@ class QueueError(AspoError, RuntimeError):
     """Redis cannot be used as configured; the text says what to do."""
 
 
-def connect(url: str) -> redis.Redis:
-    """Open a Redis connection that retries short outages; raises `QueueError` when nothing answers."""
+def connect(url: str, *, retries: int = 5) -> redis.Redis:
+    """Connect, riding out outages of about `retries` seconds; raises `QueueError` when there is no Redis."""
+    options: dict[str, Any] = {"protocol": 2, "health_check_interval": 30, "socket_timeout": 10}
+    if not url.startswith("unix:"):
+        options |= {"socket_connect_timeout": 5, "socket_keepalive": True}
     try:
+        redis.Redis.from_url(url, retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 3), **options).ping()
         client = redis.Redis.from_url(
-            url,
-            retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), 5),
-            socket_connect_timeout=5,
-            socket_keepalive=True,
-            health_check_interval=30,
-            protocol=2,
+            url, retry=Retry(ExponentialBackoff(cap=1.0, base=0.05), retries), **options
         )
-        client.ping()
     except ValueError as error:
         raise QueueError(f"redis.url {url_without_password(url)!r} is not a Redis URL: {error}") from None
     except redis.AuthenticationError as error:
@@ -59,6 +57,17 @@ def connect(url: str) -> redis.Redis:
             f"no Redis at {url_without_password(url)} ({error}); start redis-server or set redis.url"
         ) from None
     return client
+
+
+def fault_of(url: str, timeout_s: float = 0.5) -> str | None:
+    """Say why a Redis does not answer within the time, None if it does; for probes."""
+    options: dict[str, Any] = {"protocol": 2, "socket_timeout": timeout_s, "retry": None}
+    try:
+        with redis.Redis.from_url(url, **options) as client:
+            client.ping()
+    except redis.RedisError as error:
+        return f"Redis does not answer: {error}"
+    return None
 
 
 def url_without_password(url: str) -> str:
@@ -97,8 +106,16 @@ class TaskQueue:
         for stream in self._streams.values():
             _ensure_group(client, stream)
 
+    def reset(self, purpose: Purpose) -> None:
+        """Forget all tasks of a purpose, for a learner that asks anew for what is still missing."""
+        stream = self._streams[purpose]
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.delete(stream)
+        pipeline.xgroup_create(stream, GROUP, id="0", mkstream=True)
+        pipeline.execute()
+
     def put(self, tasks: Iterable[Task]) -> None:
-        """Store tasks in index order; a task whose index is already stored is left as it is."""
+        """Store tasks in ascending index order; a task whose index is already stored is left as it is."""
         pipeline = self._redis.pipeline(transaction=False)
         for task in tasks:
             entry_id = f"0-{task.index + 1}"
@@ -135,11 +152,6 @@ class TaskQueue:
         """Acknowledge tasks whose rollouts are stored, and free them."""
         _acknowledge(self._redis, ((claim.stream, claim.entry_id) for claim in claims))
 
-    def next_index(self, purpose: Purpose) -> int:
-        """The lowest task index that is not stored yet and never was."""
-        last = self._redis.xinfo_stream(self._streams[purpose])["last-generated-id"]
-        return int(last.decode().partition("-")[2])
-
     def depth(self) -> dict[str, int]:
         """Count the tasks waiting or being worked on, by purpose."""
         return {purpose: int(self._redis.xlen(stream)) for purpose, stream in self._streams.items()}
@@ -172,20 +184,32 @@ class RolloutWriter:
 
     def __init__(self, client: redis.Redis, run: str, actor: str) -> None:
         self._redis = client
+        self._counter = f"aspo:{run}:incarnation"
         self._registry = f"aspo:{run}:rollout-streams"
         self._stream = f"aspo:{run}:rollouts:{actor}"
-        self._incarnation = int(client.incr(f"aspo:{run}:incarnation"))
-        self._sent = 0
+        self._incarnation, self._sent = self._new_incarnation(), 0
 
     def put(self, uid: str, payload: bytes) -> None:
         """Store one encoded rollout group; sending it again after a lost reply adds nothing."""
         self._sent += 1
+        while not self._store(uid, payload):
+            # Another actor writes under our name, with higher ids: only a new incarnation can be stored.
+            self._incarnation, self._sent = self._new_incarnation(), 1
+
+    def _new_incarnation(self) -> int:
+        return int(self._redis.incr(self._counter))
+
+    def _store(self, uid: str, payload: bytes) -> bool:
+        """Add the entry; False if its id is spent on another."""
+        entry_id = f"{self._incarnation}-{self._sent}"
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.sadd(self._registry, self._stream)
-        pipeline.xadd(self._stream, {"uid": uid, "group": payload}, id=f"{self._incarnation}-{self._sent}")
-        for reply in pipeline.execute(raise_on_error=False):
-            if isinstance(reply, Exception) and _STALE_ID not in str(reply):
-                raise reply
+        pipeline.xadd(self._stream, {"uid": uid, "group": payload}, id=entry_id)
+        replies = pipeline.execute(raise_on_error=False)
+        errors = [reply for reply in replies if isinstance(reply, Exception)]
+        if errors and _STALE_ID not in str(errors[0]):
+            raise errors[0]
+        return not errors or bool(self._redis.xrange(self._stream, entry_id, entry_id))
 
 
 class RolloutReader:
@@ -211,6 +235,10 @@ class RolloutReader:
             GROUP, self._consumer, dict.fromkeys(self._known, ">"), count=count, block=block_ms
         )
         return [delivery for stream, entries in reply or [] for delivery in _deliveries(stream, entries)]
+
+    def replay(self) -> None:
+        """Have `read` return everything unacknowledged again: a reply may have been lost on its way here."""
+        self._replay = dict.fromkeys(self._known, b"0")
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """Give up rollouts that a durable checkpoint covers, and free them."""

@@ -150,6 +150,15 @@ async def test_a_seed_repeats_a_group_and_its_neighbour_shares_no_sample(engine:
     assert not {ids for ids in first if len(ids) > 3} & set(neighbour)
 
 
+async def test_seeded_prompts_beyond_a_steps_token_budget_are_served(engine: RolloutEngine) -> None:
+    # vLLM's CPU runner dies of a seeded request whose prompt it has to split between steps.
+    prompts = [[2 + (index * step) % 14 for index in range(200)] for step in range(1, 25)]
+    groups = await asyncio.gather(
+        *(engine.sample(prompt, n=2, max_tokens=4, temperature=1.0, seed=3) for prompt in prompts)
+    )
+    assert [len(group) for group in groups] == [2] * len(prompts)
+
+
 async def test_score_is_the_oracles(engine: RolloutEngine, folder: Path) -> None:
     await serve(engine, folder / "tied-0", "test/0/0")
     np.testing.assert_allclose(
@@ -350,7 +359,7 @@ async def test_weights_that_are_not_finite_hand_out_no_token(folder: Path, tmp_p
     tensors["model.norm.weight"][0] = torch.nan
     save_file(tensors, tmp_path / "model.safetensors")
     async with running(folder / "tied-0", "test/0/0") as engine:
-        sampling = asyncio.create_task(engine.sample(PROMPT, n=64, max_tokens=240, temperature=2.0))
+        sampling = asyncio.create_task(engine.sample(PROMPT, n=32, max_tokens=240, temperature=2.0))
         await asyncio.sleep(0.1)
         with pytest.raises(EngineError, match="not finite"):
             await engine.apply_weights([tmp_path / "model.safetensors"], "test/0/1")

@@ -37,6 +37,8 @@ def test_overrides_beat_the_environment_beats_the_file_beats_the_default(
         ("loss.name=ppo", "loss.name"),
         ("learner.mini_batch_prompts=1000", "exceeds batch_prompts"),
         ("run.name=../etc", "run.name"),
+        ("weights.publish_every=9", "all data would be too stale; lower it or raise max_staleness"),
+        ("auth.operator_token=''", "auth.operator_token"),
         ("no-equals-sign", "write it as section.key=value"),
         ("reward.function=os.system", "reward.function"),
     ],

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 import redis
 
-from aspo.queue import QueueError, RolloutReader, RolloutWriter, TaskQueue, connect, url_without_password
+from aspo.queue import (
+    QueueError,
+    RolloutReader,
+    RolloutWriter,
+    TaskQueue,
+    connect,
+    fault_of,
+    url_without_password,
+)
 from aspo.schemas import Task
+from aspo_cli.processes import find_redis_server
 
 
 def make_task(run: str, index: int, purpose: str = "train") -> Task:
@@ -42,7 +54,6 @@ def test_a_finished_task_is_gone_and_frees_its_memory(client: redis.Redis, run: 
     queue.finish(queue.claim("a", count=1))
     assert queue.depth() == {"train": 0, "eval": 0}
     assert queue.claim("b", count=1, block_ms=20) == []
-    assert queue.next_index("train") == 1
 
 
 def test_an_abandoned_task_goes_to_another_actor_and_a_renewed_one_does_not(
@@ -99,6 +110,13 @@ def test_a_retried_send_adds_nothing(client: redis.Redis, run: str) -> None:
     assert [d.payload for d in RolloutReader(client, run).read(count=10)] == [b"once"]
 
 
+def test_two_actors_of_one_name_lose_nothing(client: redis.Redis, run: str) -> None:
+    first, second = RolloutWriter(client, run, "a"), RolloutWriter(client, run, "a")
+    for number, writer in enumerate((first, second, first, second, first)):
+        writer.put(str(number), b"payload %d" % number)
+    assert [d.uid for d in RolloutReader(client, run).read(count=10)] == list("01234")
+
+
 def test_a_restarted_actor_writes_after_its_former_self(client: redis.Redis, run: str) -> None:
     RolloutWriter(client, run, "a").put("1", b"old")
     RolloutWriter(client, run, "a").put("2", b"new")
@@ -111,6 +129,21 @@ def test_quarantine_keeps_payload_and_reason(client: redis.Redis, run: str) -> N
     reader.quarantine(reader.read(count=1)[0], "nan-logprob")
     [(_, fields)] = client.xrange(f"aspo:{run}:quarantine")
     assert fields == {b"reason": b"nan-logprob", b"uid": b"uid", b"group": b"bad"}
+
+
+def test_a_unix_socket_will_do(tmp_path: Path) -> None:
+    socket = tmp_path / "redis.sock"
+    command = [find_redis_server(), "--port", "0", "--unixsocket", str(socket)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not socket.exists():
+            assert server.poll() is None
+        assert connect(f"unix://{socket}").ping()
+        assert fault_of(f"unix://{socket}") is None
+    finally:
+        server.terminate()
+        server.wait(10)
+    assert "Redis does not answer" in (fault_of(f"unix://{socket}") or "")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aspo.config import ConfigError
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy
@@ -88,6 +89,36 @@ def test_only_the_newest_are_kept_and_a_half_written_one_is_not_one(trainer: Tra
     state = checkpoints.load(trainer.policy.model, trainer.optimizer)
     assert state is not None
     assert state["step"] == 3
+
+
+def test_saving_a_step_again_keeps_the_first_until_the_second_is_whole(
+    trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(4, trainer.policy.model, trainer.optimizer, {"mark": "first"})
+
+    def no_space(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aspo_learner.checkpoint.os.replace", no_space)
+        with pytest.raises(OSError, match="No space"):
+            checkpoints.save(4, trainer.policy.model, trainer.optimizer, {"mark": "second"})
+    for mark in ("first", "third"):
+        state = checkpoints.load(trainer.policy.model, trainer.optimizer)
+        assert state is not None
+        assert state["mark"] == mark
+        checkpoints.save(4, trainer.policy.model, trainer.optimizer, {"mark": "third"})
+
+
+def test_a_checkpoint_of_another_model_is_refused(trainer: Trainer, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    checkpoints.save(1, trainer.policy.model, trainer.optimizer, {})
+    other = save_model(tmp_path / "other", hidden_size=32, layers=2)
+    config = write_config(tmp_path, model=other)
+    policy = Policy(config.model, torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"is of another model .*; choose another run\.name"):
+        checkpoints.load(policy.model, trainer.optimizer)
 
 
 def test_an_empty_folder_means_a_new_run(trainer: Trainer, tmp_path: Path) -> None:

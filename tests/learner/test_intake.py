@@ -14,6 +14,7 @@ import redis
 from aspo.codec import encode_group
 from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
 from aspo.schemas import PolicyVersion, RolloutGroup
+from aspo_learner.batching import staleness_of
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.dispatcher import Dispatcher, task_index, task_uid
 from aspo_learner.evaluation import Evaluator
@@ -44,7 +45,13 @@ def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
             max_entry_bytes=2**20,
             max_staleness=2,
         )
-        return Intake(RolloutReader(client, run), Ledger() if ledger is None else ledger, limits, on_eval)
+        return Intake(
+            RolloutReader(client, run),
+            Ledger() if ledger is None else ledger,
+            limits,
+            on_eval=on_eval,
+            was_asked=lambda index: index < 100,
+        )
 
     return make
 
@@ -141,6 +148,8 @@ def test_groups_past_the_staleness_bound_are_dropped_and_counted(
         ({"token_ids": lambda g: np.full_like(g.token_ids, 16)}, "token-out-of-range"),
         ({"rewards": lambda g: np.full_like(g.rewards, np.inf)}, "bad-reward"),
         ({"uid": lambda g: "other:train:0"}, "foreign-uid"),
+        ({"uid": lambda g: g.uid.replace(":0", ":100")}, "foreign-uid"),
+        ({"uid": lambda g: g.uid.replace(":0", ":" + "9" * 90)}, "foreign-uid"),
         ({"step": 6}, "future-version"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -198,24 +207,50 @@ def test_tasks_out_never_exceed_the_staleness_bound(client: redis.Redis, run: st
     assert dispatcher.cursor == 15
 
 
-def test_a_restarted_learner_asks_for_nothing_twice_and_for_what_redis_lost(
+def test_a_new_learner_asks_again_for_exactly_what_is_missing(
     client: redis.Redis, run: str, tmp_path: Path
 ) -> None:
+    """Also when Redis kept the tasks of a run whose folder is gone, or lost those of one that is there."""
     config = write_config(tmp_path, model="m", run=run)
-    Dispatcher(TaskQueue(client, run), PROMPTS, config, Ledger()).top_up(100)
-    asked = [claim.task for claim in TaskQueue(client, run).claim("a", count=100)]
+    queue = TaskQueue(client, run)
+    Dispatcher(queue, PROMPTS, config, Ledger()).top_up(100)
+    asked = [claim.task for claim in queue.claim("a", count=100)]
 
-    # From an older checkpoint: the same indices again change nothing.
-    again = Dispatcher(TaskQueue(client, run), PROMPTS, config, Ledger(), cursor=4)
-    again.top_up(100)
-    assert TaskQueue(client, run).claim("b", count=100) == []
+    anew = Dispatcher(queue, PROMPTS, config, Ledger())
+    anew.ask_again(held=())
+    anew.top_up(100)
+    assert [claim.task for claim in queue.claim("b", count=100)] == asked
 
     client.delete(f"aspo:{run}:tasks:train")
     ledger = Ledger()
     ledger.add(1)
-    Dispatcher(TaskQueue(client, run), PROMPTS, config, ledger, cursor=len(asked))
-    found = [claim.task for claim in TaskQueue(client, run).claim("c", count=100)]
-    assert found == [task for task in asked if task.index != 1]
+    resumed = Dispatcher(TaskQueue(client, run), PROMPTS, config, ledger, cursor=len(asked))
+    resumed.ask_again(held={3})
+    found = [claim.task for claim in queue.claim("c", count=100)]
+    assert found == [task for task in asked if task.index not in (1, 3)]
+    resumed.recover(held={3})
+    assert queue.claim("d", count=100) == []
+    queue.reset("train")
+    resumed.recover(held={3})
+    assert [claim.task for claim in queue.claim("d", count=100)] == found
+
+
+def test_a_delivery_lost_on_its_way_is_read_again_and_known_ones_are_not(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], client: redis.Redis, run: str
+) -> None:
+    intake = new_intake()
+    for index in range(2):
+        send(index)
+    intake.pump(current(run), 0.01)
+    send(2)
+    # Redis delivered it to us, but the reply was lost: it is pending and `>` never gives it again.
+    stream = f"aspo:{run}:rollouts:actor"
+    client.xreadgroup("aspo", "learner", {stream: ">"})
+    intake.pump(current(run), 0.01)
+    assert intake.ready == 2
+    intake.reread(current(run))
+    assert intake.ready == 3
+    assert intake.ended == {}
 
 
 def test_every_pass_over_the_prompts_is_a_new_seeded_permutation() -> None:
@@ -230,7 +265,7 @@ def test_an_evaluation_ends_with_its_last_answer(
     client: redis.Redis, run: str, tmp_path: Path, model: Any
 ) -> None:
     config = write_config(tmp_path, model="m", run=run)
-    evaluator = Evaluator(TaskQueue(client, run), PROMPTS, config)
+    evaluator = Evaluator(TaskQueue(client, run), PROMPTS, config, epoch=1)
     evaluator.start(f"{run}/1/3", count=2)
     tasks = [claim.task for claim in TaskQueue(client, run).claim("a", count=100)]
     assert [(t.temperature, t.group_size, t.min_version) for t in tasks] == [(0.0, 1, f"{run}/1/3")] * 2
@@ -239,9 +274,21 @@ def test_an_evaluation_ends_with_its_last_answer(
     assert evaluator.take(answers[0]) is None
     assert evaluator.take(answers[1]) == 0.5
     assert not evaluator.running
-    # A later learner must not reuse the indices, for their stream ids are spent.
-    Evaluator(TaskQueue(client, run), PROMPTS, config).start(f"{run}/2/3", count=1)
-    assert len(TaskQueue(client, run).claim("a", count=100)) == 1
+    later = Evaluator(TaskQueue(client, run), PROMPTS, config, epoch=2)
+    later.start(f"{run}/2/3", count=1)
+    [claim] = TaskQueue(client, run).claim("a", count=100)
+    assert later.take(answers[0]) is None, "an answer to a former learner's question"
+    later.recover()
+    assert TaskQueue(client, run).claim("a", count=100) == []
+    TaskQueue(client, run).finish([claim])
+    later.recover()
+    assert [c.task for c in TaskQueue(client, run).claim("a", count=100)] == [claim.task]
+
+
+def test_what_a_lost_timeline_did_is_stale_from_the_branch(model: Any) -> None:
+    now = PolicyVersion(epoch=2, step=12, run="test")
+    for version, branch, lag in (("test/2/11", 10, 1), ("test/1/15", 10, 2), ("test/1/7", 10, 5)):
+        assert staleness_of(make_group(model, version=version), now, branch) == lag
 
 
 def test_a_uid_says_whose_task_it_is() -> None:

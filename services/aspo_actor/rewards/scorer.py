@@ -119,5 +119,6 @@ def _score_one(function: RewardFunction, completion: str, columns: dict[str, Any
     try:
         value = float(function(completion, **columns))
     except Exception as error:  # a user's function may raise anything; the sample fails, the run goes on
-        return f"{type(error).__name__}: {error}"[:300]
+        # Escaped, for it may quote what a model wrote.
+        return f"{type(error).__name__}: {error}"[:300].encode("unicode_escape").decode()
     return value if math.isfinite(value) else f"it gave {value}"

@@ -30,7 +30,11 @@ RETRIES = 8
 _CHUNK = 2**20
 
 
-class VersionGone(WeightsError):
+class Refused(WeightsError):
+    """The learner answers and will not give it, however often it is asked."""
+
+
+class VersionGone(Refused):
     """The version is no longer kept by the learner; take the latest."""
 
 
@@ -116,7 +120,7 @@ class WeightClient:
     async def _fetch_blob(self, ref: BlobRef) -> Path:
         """Give the verified blob's path; a cut download goes on where it stopped."""
         path = self._cache / ref.digest
-        if path.is_file() and path.stat().st_size == ref.size:
+        if path.is_file() and await asyncio.to_thread(_file_digest, path) == ref.digest:
             return path
         partial = path.with_suffix(".part")
 
@@ -156,7 +160,7 @@ class WeightClient:
         for count in range(RETRIES):
             try:
                 return await attempt()
-            except VersionGone:
+            except Refused:
                 raise
             except (aiohttp.ClientError, TimeoutError, WeightsError) as error:
                 last = error
@@ -168,9 +172,12 @@ async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status in (200, 206):
         return
     text = (await response.content.read(4096)).decode(errors="replace")
-    if response.status in (404, 410) and "no_version" not in text:
-        raise VersionGone(f"{response.url}: no longer kept by the learner")
-    raise WeightsError(f"{response.url} answered {response.status}: {text[:300]}")
+    message = f"{response.url} answered {response.status}: {text[:300]}"
+    if response.status == 410 or "no_blob" in text:
+        raise VersionGone(message)
+    if 400 <= response.status < 500 and "no_version" not in text:
+        raise Refused(f"{message}; check the learner's URL and the token")
+    raise WeightsError(message)
 
 
 def _verify_tensors(manifest: Manifest, files: list[Path]) -> None:

@@ -21,7 +21,7 @@ from aspo.config import AuthConfig
 from aspo.http import Server, create_app, listen
 from aspo.schemas import PolicyVersion
 from aspo.weights import store as store_module
-from aspo.weights.client import VersionGone, WeightClient
+from aspo.weights.client import Refused, VersionGone, WeightClient
 from aspo.weights.manifest import WeightsError, decode_manifest
 from aspo.weights.server import weight_routes
 from aspo.weights.store import WeightStore
@@ -291,9 +291,33 @@ async def test_tokens_guard_the_routes_by_scope(store: WeightStore, serve: Calla
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             async with session.get(f"{url}/v1/weights/latest", headers=headers) as response:
                 assert response.status == status
+        async with session.get(f"{url}/v1/weights/latest", headers={"Authorization": "Bearer "}) as response:
+            assert response.status == 401
         for probe in ("livez", "readyz", "metrics"):
             async with session.get(f"{url}/{probe}") as response:
                 assert response.status == 200
+
+
+async def test_a_refusal_is_not_asked_for_again(
+    store: WeightStore, serve: Callable[..., str], tmp_path: Path
+) -> None:
+    store.put(version(0), tensors(0), FILES)
+    url = serve(auth=AuthConfig(operator_token=SecretStr("o")))
+    async with WeightClient(url, tmp_path / "cache") as client:
+        with pytest.raises(Refused, match=r"401.*check the learner's URL and the token"):
+            await client.latest()
+    async with WeightClient(f"{url}/elsewhere", tmp_path / "cache") as client:
+        with pytest.raises(Refused, match="404"):
+            await client.latest()
+
+
+async def test_a_spoilt_cache_is_fetched_again(
+    store: WeightStore, puller: WeightClient, tmp_path: Path
+) -> None:
+    manifest = store.put(version(0), tensors(0), FILES)
+    [path] = await puller.pull(manifest)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    await puller.pull(manifest)
 
 
 async def test_an_unreachable_learner_is_one_clear_error(
