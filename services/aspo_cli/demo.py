@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from aspo.config import Config, load_config
+from aspo.config import Config, ConfigError, load_config
 from aspo.errors import AspoError
 from aspo_cli import demo_model, status
 from aspo_cli.demo_task import MAX_COMPLETION_TOKENS
@@ -74,7 +75,7 @@ port = 0
 id = "actor-0"
 
 [actor.engine]
-max_num_seqs = 128
+max_num_seqs = 256
 cpu_kv_cache_gib = 0.5
 """
 EVALUATION = """
@@ -90,16 +91,19 @@ min_steps = 50
 def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
     """Run the demo and return the exit code."""
     console = Console()
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.default_int_handler)  # stops the parts as Ctrl-C does
     folder = _fresh_folder(runs / name, console)
+    ports = write_config(folder, seed)
+    config = load_config(folder / "config.toml", overrides)
+    if config.run.path != folder:
+        raise ConfigError("the demo's run.name and run.dir are set by --name and --runs")
     try:
         _prepare(folder, seed, console)
-        ports = write_config(folder, seed)
-        load_config(
-            folder / "config.toml", overrides
-        )  # a mistake in an override shows before anything starts
         with Processes(folder / "logs") as parts:
             _start(parts, folder, ports, overrides)
-            _watch(parts, ports, console)
+            _watch(parts, config, console)
+            console.print("stopping the actor and Redis", style="dim")
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything is stopped", style="yellow")
         return INTERRUPTED

@@ -211,7 +211,8 @@ class EngineConfig(Section):
     gpu_memory_utilization: Fraction = Field(0.9, description="Share of the GPU's memory for vLLM.")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache size when vLLM runs on a CPU, in GiB.")
     cpu_threads: str = Field(
-        "auto", description="Cores for vLLM on a CPU, as VLLM_CPU_OMP_THREADS_BIND takes them."
+        "auto",
+        description="On a CPU: cores, as VLLM_CPU_OMP_THREADS_BIND takes them; auto: all but one, unpinned.",
     )
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other AsyncEngineArgs field.")
 
