@@ -62,6 +62,7 @@ port = {learner_port}  # as in actor.learner_url
 steps = 200
 batch_prompts = 32
 mini_batch_prompts = 32
+epochs = 2
 learning_rate = 1e-4
 warmup_updates = 10
 betas = [0.9, 0.99]

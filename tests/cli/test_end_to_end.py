@@ -6,87 +6,24 @@ import json
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
-from aspo.config import ConfigError
-from aspo_cli.processes import free_port
 from aspo_cli.status import fetch_status
-from models import char_tokenizer, save_model
+from project import learner_url, make_project, metrics_of, step_of
 from services import Service, wait_until
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
-REWARD = """
-def sevens(completion, *, wanted, **columns):
-    return completion.count(wanted) / max(1, len(completion))
-"""
-CONFIG = """
-[run]
-name = "sevens"
-[redis]
-url = "{redis_url}"
-[model]
-path = "start"
-dtype = "float32"
-[data]
-path = "questions.parquet"
-prompt_column = "messages"
-reward_columns = ["wanted"]
-[eval]
-path = "questions.parquet"
-every = 4
-max_prompts = 8
-[sampling]
-group_size = 8
-max_tokens = 12
-[reward]
-function = "my_reward:sevens"
-concurrency = 1
-[learner]
-threads = 1
-port = {port}
-steps = 12
-batch_prompts = 4
-mini_batch_prompts = 4
-learning_rate = 3e-3
-warmup_updates = 0
-weight_decay = 0.0
-max_staleness = 2
-checkpoint_every = 4
-[actor]
-id = "actor-0"
-port = 0
-learner_url = "http://127.0.0.1:{port}"
-[actor.engine]
-max_num_seqs = 32
-max_model_len = 64
-cpu_kv_cache_gib = 0.1
-"""
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Path:
-    """What a user brings: a model, a Parquet file of chats, a reward function and a config."""
-    folder = tmp_path_factory.mktemp("project")
-    save_model(folder / "start", seed=3, hidden_size=64, layers=2, init_scale=0.05)
-    tokenizer = char_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}="
-    tokenizer.save_pretrained(folder / "start")
-    rows = [{"messages": [{"role": "user", "content": f"{i}+{i}"}], "wanted": "7"} for i in range(10, 26)]
-    pq.write_table(pa.Table.from_pylist(rows), folder / "questions.parquet")
-    (folder / "my_reward.py").write_text(REWARD)
-    (folder / "my.toml").write_text(CONFIG.format(redis_url=redis_url, port=free_port()))
-    return folder
+    return make_project(tmp_path_factory.mktemp("project"), redis_url, run="sevens")
 
 
 @pytest.fixture(scope="module")
 def url(project: Path) -> str:
-    text = (project / "my.toml").read_text()
-    return text.partition('learner_url = "')[2].partition('"')[0]
+    return learner_url(project)
 
 
 @pytest.fixture(scope="module")
@@ -105,27 +42,16 @@ def finished(project: Path, url: str) -> Iterator[tuple[Service, Service, Path]]
         actor.kill()
 
 
-def step_of(url: str) -> int:
-    try:
-        return int(fetch_status(url)["step"])
-    except ConfigError:
-        return -1
-
-
 def read(url: str) -> str:
     with urllib.request.urlopen(url, timeout=10) as response:
         return str(response.read().decode())
-
-
-def metrics_of(project: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (project / "runs/sevens/metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_policy_learns_and_the_data_is_stale(
     finished: tuple[Service, Service, Path], project: Path
 ) -> None:
     summary = json.loads((project / "runs/sevens/summary.json").read_text())
-    steps = metrics_of(project)
+    steps = metrics_of(project, "sevens")
     assert [m["step"] for m in steps] == list(range(1, 13))
     assert summary["steps"] == 12
     assert summary["accuracy_after"] > summary["accuracy_before"]
@@ -142,7 +68,7 @@ def test_behaviour_log_probs_match_the_learners_own(
     finished: tuple[Service, Service, Path], project: Path
 ) -> None:
     """Fresh rollouts differ from the learner's log-probs by rounding alone."""
-    fresh = [m for m in metrics_of(project) if m["staleness_max"] == 0]
+    fresh = [m for m in metrics_of(project, "sevens") if m["staleness_max"] == 0]
     assert fresh
     for m in fresh:
         assert m["mismatch_ratio_max"] < 1.01
@@ -181,7 +107,7 @@ def test_a_restarted_learner_goes_on_and_the_actor_follows(
         assert learner.wait(120) == 0, learner.text
     finally:
         learner.kill()
-    assert [m["step"] for m in metrics_of(project)] == list(range(1, 17))
+    assert [m["step"] for m in metrics_of(project, "sevens")] == list(range(1, 17))
 
 
 def test_sigterm_drains_the_actor(finished: tuple[Service, Service, Path]) -> None:
