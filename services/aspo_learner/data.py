@@ -79,8 +79,8 @@ def _load_rows(path: str, split: str) -> Any:
         if suffix in _FORMATS:
             return datasets.load_dataset(_FORMATS[suffix], data_files={split: path}, split=split)
         return datasets.load_dataset(path, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or ["it holds no rows"])[0]
         raise ConfigError(f"cannot read prompts from {path!r}, split {split!r}: {reason}") from None
 
 

@@ -1,0 +1,104 @@
+"""Prompts from files of every kind, by the real `datasets` library, and errors that name the row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from aspo.config import ConfigError, DataConfig
+from aspo_learner.data import load_prompts
+from models import char_tokenizer
+
+ROWS = [{"prompt": "12+3=", "answer": "15"}, {"prompt": "4=", "answer": "4"}]
+
+
+def write_jsonl(path: Path) -> None:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in ROWS))
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def write_csv(path: Path) -> None:
+    pa.csv.write_csv(pa.Table.from_pylist(ROWS), path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return char_tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"), [("rows.jsonl", write_jsonl), ("rows.parquet", write_parquet), ("rows.csv", write_csv)]
+)
+def test_files_of_every_kind_give_the_same_prompts(
+    tmp_path: Path, tokenizer: Any, name: str, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path / name)
+    prompts = load_prompts(DataConfig(path=str(tmp_path / name)), tokenizer, max_prompt_tokens=10)
+    assert [tokenizer.decode(p.token_ids).replace(" ", "") for p in prompts] == ["12+3=", "4="]
+    assert [str(p.reward_inputs["answer"]) for p in prompts] == ["15", "4"]
+
+
+def test_a_folder_that_load_dataset_knows_will_do(tmp_path: Path, tokenizer: Any) -> None:
+    write_jsonl(tmp_path / "train.jsonl")
+    assert len(load_prompts(DataConfig(path=str(tmp_path)), tokenizer, max_prompt_tokens=10)) == 2
+
+
+def test_chat_messages_are_rendered_with_the_template(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    )
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "1+2"}], "answer": "3"}))
+    config = DataConfig(path=str(path), prompt_column="messages")
+    [prompt] = load_prompts(config, tokenizer, max_prompt_tokens=10)
+    assert prompt.token_ids == tokenizer("1+2=")["input_ids"]
+    with pytest.raises(ConfigError, match=r"set data\.chat_template = true"):
+        load_prompts(config.model_copy(update={"chat_template": False}), tokenizer, max_prompt_tokens=10)
+
+
+def test_long_prompts_are_an_error_or_skipped_and_counted(
+    tmp_path: Path, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_jsonl(tmp_path / "rows.jsonl")
+    config = DataConfig(path=str(tmp_path / "rows.jsonl"))
+    with pytest.raises(ConfigError, match="row 0: the prompt has 5 tokens, but the context leaves 3"):
+        load_prompts(config, tokenizer, max_prompt_tokens=3)
+    skipping = config.model_copy(update={"overlong_prompts": "skip"})
+    assert len(load_prompts(skipping, tokenizer, max_prompt_tokens=3)) == 1
+    assert "skipped 1 of 2 prompts" in caplog.text
+    with pytest.raises(ConfigError, match="no usable prompt"):
+        load_prompts(skipping, tokenizer, max_prompt_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "it holds no rows"),
+        ("{not json}\n", "cannot read prompts from"),
+        ('{"question": "1"}\n', "has no column 'prompt'"),
+        ('{"prompt": "", "answer": "1"}\n', "row 0: the prompt is empty"),
+        ('{"prompt": "1=", "answer": "1"}\n{"prompt": null, "answer": "1"}\n', "row 1: the prompt is empty"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, tokenizer: Any, content: str, words: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_prompts(DataConfig(path=str(path)), tokenizer, max_prompt_tokens=10)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_data_set_is_one_line(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read prompts from 'nobody/nothing', split 'train'"):
+        load_prompts(DataConfig(path="nobody/nothing"), tokenizer, max_prompt_tokens=10)
