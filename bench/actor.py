@@ -1,10 +1,10 @@
 """Actor throughput in the loop against the same engine alone, on the demo's task.
 
 Alternates, in one run and with one vLLM engine: `alone`, the engine fed directly with the training prompts;
-`worker`, the real worker (Redis, rewards, encoding) while the learner is paused; and `loop`, the same while a
-real learner trains on what it sends and its weights are applied in flight. All keep the same number of samples
-in flight and count the tokens of finished groups over windows of equal length. `loop` against `worker` is what
-the updates cost, and the cores that the learner takes where there are too few of them.
+`worker`, the real worker (Redis, rewards, encoding) while the learner is paused; and `loop`, the same while
+a real learner trains on what it sends and its weights are applied in flight. All keep the same number of
+samples in flight and count the tokens of finished groups over windows of equal length. `loop` against
+`worker` is what the updates cost, and the cores that the learner takes where there are too few of them.
 
     aspo bench actor --json
 """

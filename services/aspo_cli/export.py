@@ -15,8 +15,11 @@ def export_version(url: str, token: str | None, version: str | None, folder: Pat
     """Download and verify a version, then put it at `folder`; raises AspoError for a folder that exists."""
     if folder.exists():
         raise ConfigError(f"{folder} exists; name a folder that does not")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return asyncio.run(_export(url, token, version, folder))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return asyncio.run(_export(url, token, version, folder))
+    except OSError as error:
+        raise ConfigError(f"cannot write {folder}: {error.strerror}; name another folder") from None
 
 
 async def _export(url: str, token: str | None, version: str | None, folder: Path) -> Path:

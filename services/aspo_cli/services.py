@@ -37,7 +37,10 @@ def run_learner(path: Path, overrides: list[str]) -> None:
     try:
         learner.run()
     except redis.RedisError as error:
-        raise QueueError(f"Redis was lost ({error}); start it, then the learner: it resumes") from error
+        raise QueueError(
+            f"Redis or its data was lost ({error}); run it with --appendonly yes and start the learner "
+            "again: it resumes from its last checkpoint"
+        ) from error
 
 
 def run_actor(path: Path, overrides: list[str]) -> None:

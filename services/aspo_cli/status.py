@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import itertools
 import json
 import sys
@@ -28,19 +29,18 @@ class LearnerUnreachable(ConfigError):
 
 def fetch_status(url: str, token: str | None = None, timeout_s: float = 5.0) -> Status:
     """GET /v1/status; raises LearnerUnreachable, or ConfigError for a refused token."""
-    request = urllib.request.Request(f"{url.rstrip('/')}/v1/status")
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/v1/status", headers=headers)
         with urllib.request.urlopen(request, timeout=timeout_s) as response:
             status: Status = json.load(response)
     except urllib.error.HTTPError as error:
         raise ConfigError(f"{url} answered {error.code}; pass --token or set ASPO_TOKEN") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise LearnerUnreachable(
             f"no learner answers at {url} ({error}); start one or pass --learner URL"
         ) from None
-    if "actors" not in status:
+    if not isinstance(status, dict) or not {"run", "metrics", "actors"} <= status.keys():
         raise ConfigError(f"{url} is not a learner; pass its URL with --learner")
     return status
 

@@ -1,7 +1,7 @@
 """Durable checkpoints: weights, optimizer, random states, ledger and cursor, whole or not at all.
 
-A checkpoint is a folder `step-N`: safetensors and JSON with their digests, written beside, synced and
-renamed. Loading verifies every digest first and falls back to the newest checkpoint that is intact.
+A checkpoint is a folder `step-N-K`, the K-th of its step: safetensors and JSON with their digests, written
+beside, synced and renamed. Loading verifies every digest first and falls back to the newest that is intact.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Checkpoints:
             _sync(path)
         os.replace(partial, target)
         _sync(self._folder)
-        for old in self._all()[: -self._keep]:
+        older = [path for path in self._all() if path < target]
+        for old in older[: max(0, len(older) - self._keep + 1)]:
             shutil.rmtree(old, ignore_errors=True)
         return target
 
@@ -63,6 +65,8 @@ class Checkpoints:
             fault = _fault(folder)
             if fault:
                 log.error("checkpoint %s is damaged (%s); trying the one before", folder.name, fault)
+                # Out of the way, lest it count as one of those to keep.
+                folder.rename(folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
                 continue
             with torch.no_grad():
                 saved = safetensors.torch.load_file(folder / "model.safetensors")
@@ -81,9 +85,9 @@ class Checkpoints:
         return None
 
     def _new_name(self, step: int) -> Path:
-        """A name beside the checkpoints there are: none is removed before its successor is durable."""
-        names = [f"step-{step:08}", *(f"step-{step:08}-{again:04}" for again in range(1, 10_000))]
-        return next(path for name in names if not (path := self._folder / name).exists())
+        """A name after all there are of the step: none is removed before its successor is durable."""
+        taken = [int(path.name.split("-")[2]) for path in self._folder.glob(f"step-{step:08}-*")]
+        return self._folder / f"step-{step:08}-{max(taken, default=-1) + 1:04}"
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))

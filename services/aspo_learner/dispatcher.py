@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 
 from aspo.config import Config
 from aspo.queue import TaskQueue
-from aspo.schemas import Purpose, Task
+from aspo.schemas import Purpose, RolloutGroup, Task
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.ledger import Ledger
 
@@ -39,7 +39,8 @@ class Dispatcher:
     ) -> None:
         self._queue, self._config, self._ledger = queue, config, ledger
         self._prompts = PromptOrder(prompts, config.run.seed)
-        self.cursor = cursor
+        # A former learner may have asked for more after its last checkpoint; its answers are ours to use.
+        self.cursor = max(cursor, queue.next_index("train"))
         self.limit = (config.learner.max_staleness + 1) * config.learner.batch_prompts
 
     @property
@@ -69,6 +70,17 @@ class Dispatcher:
         count = max(0, useful - self.outstanding)
         self._queue.put(self._task(index) for index in range(self.cursor, self.cursor + count))
         self.cursor += count
+
+    def was_asked(self, group: RolloutGroup, index: int) -> bool:
+        """Whether a group answers the task of this index, as it was asked."""
+        if index >= self.cursor:
+            return False
+        task = self._task(index)
+        return (
+            len(group) == task.group_size
+            and group.temperature == task.temperature
+            and group.prompt_ids.tolist() == task.prompt_ids
+        )
 
     def _task(self, index: int) -> Task:
         prompt, sampling = self._prompts[index], self._config.sampling

@@ -9,7 +9,7 @@ import numpy as np
 
 from aspo.config import Config
 from aspo.queue import TaskQueue
-from aspo.schemas import RolloutGroup, Task
+from aspo.schemas import Task
 from aspo_learner.data import Prompt
 from aspo_learner.dispatcher import task_uid
 
@@ -48,12 +48,12 @@ class Evaluator:
             self._queue.reset("eval")
             self._queue.put(self._awaited.values())
 
-    def take(self, group: RolloutGroup) -> float | None:
+    def take(self, uid: str, score: float) -> float | None:
         """Take in one answer; returns the accuracy (mean reward) with the last one."""
-        if group.uid not in self._awaited:
+        if uid not in self._awaited:
             return None  # a late duplicate, or an evaluation of a former learner
-        del self._awaited[group.uid]
-        self._scores.append(float(group.rewards.mean()))
+        del self._awaited[uid]
+        self._scores.append(score)
         return None if self._awaited else float(np.mean(self._scores))
 
     def _task(self, index: int, prompt: Prompt, version: str) -> Task:

@@ -29,6 +29,7 @@ class Limits:
     max_prompt_tokens: int
     max_entry_bytes: int
     max_staleness: int
+    cursor: Callable[[], int]
     branch: int = 0
 
 
@@ -45,10 +46,11 @@ class Intake:
         limits: Limits,
         *,
         on_eval: Callable[[RolloutGroup], None],
-        was_asked: Callable[[int], bool],
+        was_asked: Callable[[RolloutGroup, int], bool],
+        on_lost_eval: Callable[[str], None] = lambda uid: None,
     ) -> None:
         self._reader, self._ledger, self.limits, self._on_eval = reader, ledger, limits, on_eval
-        self._was_asked = was_asked
+        self._was_asked, self._on_lost_eval = was_asked, on_lost_eval
         self._seen: set[tuple[bytes, bytes]] = set()
         self._ready: deque[tuple[int, RolloutGroup]] = deque()
         self._held: set[int] = set()
@@ -128,8 +130,10 @@ class Intake:
 
     def _admit(self, delivery: Delivery, group: RolloutGroup) -> None:
         index = task_index(group.uid, self.limits.run, "train")
-        if index is None or not self._was_asked(index):
+        if index is None:
             self._set_aside(delivery, "foreign-uid")
+        elif not self._was_asked(group, index):
+            self._set_aside(delivery, "not-as-asked")
         elif index in self._ledger or index in self._held:
             self.ended["duplicate"] += 1
             self._done.append(delivery)
@@ -162,5 +166,6 @@ class Intake:
         self._reader.quarantine(delivery, reason)
         self._done.append(delivery)
         index = task_index(delivery.uid, self.limits.run, "train")
-        if index is not None and index not in self._held and self._was_asked(index):
+        if index is not None and index not in self._held and index < self.limits.cursor():
             self._ledger.add(index)
+        self._on_lost_eval(delivery.uid)

@@ -169,6 +169,7 @@ class Learner:
             max_entry_bytes=config.redis.max_entry_mib * 2**20,
             max_staleness=config.learner.max_staleness,
             branch=self.step,
+            cursor=lambda: self._dispatcher.cursor,
         )
         reader = RolloutReader(self._redis, config.run.name)
         self._reader = reader
@@ -176,8 +177,10 @@ class Learner:
             reader,
             self._ledger,
             limits,
-            on_eval=self._on_evaluated,
-            was_asked=lambda index: index < self._dispatcher.cursor,
+            on_eval=lambda group: self._on_evaluated(group.uid, float(group.rewards.mean())),
+            was_asked=self._dispatcher.was_asked,
+            # An answer that cannot be used is a wrong one: asked again it would come again.
+            on_lost_eval=lambda uid: self._on_evaluated(uid, config.reward.failed_score),
         )
 
     def _finished(self) -> bool:
@@ -214,7 +217,9 @@ class Learner:
             "checkpoint_seconds": self._checkpoint_seconds,
         }
         self._checkpoint_seconds = 0.0
-        self._record(metrics)  # before the checkpoint, which must cover it
+        self._record(
+            metrics, sum(len(group) for group in groups)
+        )  # before the checkpoint, which must cover it
         if self.step % self.config.learner.checkpoint_every == 0 or self.controls.checkpoint.is_set():
             self._checkpoint()
 
@@ -286,8 +291,8 @@ class Learner:
             self._listen()
         return None if self._evaluator.running else self._history.accuracy
 
-    def _on_evaluated(self, group: RolloutGroup) -> None:
-        accuracy = self._evaluator.take(group) if self._evaluator else None
+    def _on_evaluated(self, uid: str, score: float) -> None:
+        accuracy = self._evaluator.take(uid, score) if self._evaluator else None
         if accuracy is not None:
             self._history.accuracy = accuracy
             log.info("held-out greedy accuracy at step %d: %.3f", self.step, accuracy)
@@ -296,7 +301,7 @@ class Learner:
         """The batch's own figures: reward, length, staleness, repetition."""
         branch = self._intake.limits.branch
         staleness = [staleness_of(group, self._current, branch) for group in groups]
-        rewards = np.concatenate([group.rewards for group in groups])
+        rewards = np.concatenate([group.rewards for group in groups]).astype(np.float64)
         lengths = np.concatenate([group.lengths for group in groups])
         better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])
         repeats = np.array(
@@ -320,7 +325,7 @@ class Learner:
             "staleness_max": float(max(staleness)),
         }
 
-    def _record(self, metrics: dict[str, float]) -> None:
+    def _record(self, metrics: dict[str, float], rollouts: int) -> None:
         ended = self._intake.ended
         metrics |= {
             "step": float(self.step),
@@ -333,14 +338,12 @@ class Learner:
         if self._history.accuracy is not None:
             metrics["accuracy"] = self._history.accuracy
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._history.add(
-            metrics, rollouts=int(self.config.learner.batch_prompts * self.config.sampling.group_size)
-        )
+        self._history.add(metrics, rollouts=rollouts)
         self._gauges.set(metrics)
         log.info(
             "step %d  reward %.3f  entropy %.3f  staleness %.1f  wait %.2f s  train %.2f s",
             self.step,
-            metrics["reward"],
+            metrics.get("reward", float("nan")),
             metrics.get("entropy", float("nan")),
             metrics["staleness_mean"],
             metrics["wait_seconds"],

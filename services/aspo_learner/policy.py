@@ -26,7 +26,10 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(
             f"learner.device is {name!r} but torch sees no GPU; set it to cpu or mend the driver"
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"learner.device {name!r}: {str(error).splitlines()[0]}") from None
 
 
 class Policy:

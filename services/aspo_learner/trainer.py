@@ -52,12 +52,12 @@ class Trainer:
 
     def train_step(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
         """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted."""
-        informative = [g for g in groups if is_informative(torch.from_numpy(g.rewards))]
+        informative = [g for g in groups if is_informative(torch.tensor(g.rewards))]
         sequences = [
             sequence
             for number, group in enumerate(informative)
             for sequence in sequences_of(
-                group, group_advantages(torch.from_numpy(group.rewards)).tolist(), number
+                group, group_advantages(torch.tensor(group.rewards)).tolist(), number
             )
         ]
         report = _StepReport()

@@ -35,6 +35,7 @@ MAX_SPANS = 256  # policy versions within one completion
 MAX_NAME = 128  # characters of a uid or an actor's name
 MAX_TEMPERATURE = 100.0
 MIN_TRAIN_TEMPERATURE = 0.01  # vLLM samples colder requests at 0.01, or greedily
+MAX_REWARD = 1e6  # beyond it, means and deviations lose their digits in fp32
 LOGPROB_TOLERANCE = 1e-4  # engines round: a certain token may come with a log-prob just above 0
 
 CodecFault = Literal[
@@ -180,7 +181,7 @@ def validate_group(
         return "nan-logprob"
     if group.behavior_logprobs.max() > LOGPROB_TOLERANCE:
         return "positive-logprob"
-    if not np.isfinite(group.rewards).all():
+    if not (np.abs(group.rewards) <= MAX_REWARD).all():  # NaN is not either
         return "bad-reward"
     if group.purpose == "train" and group.temperature < MIN_TRAIN_TEMPERATURE:
         return "bad-temperature"

@@ -33,6 +33,7 @@ TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -43,7 +44,7 @@ class ConfigError(AspoError, ValueError):
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -51,7 +52,9 @@ class RunConfig(Section):
 
     name: Name = Field("default", description="Names versions, keys and folders.")
     dir: Path = Field(Path("runs"), description="Parent folder of the run's folder.")
-    seed: int = Field(0, ge=0, description="Seeds the data order, the learner and the actors' engines.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="Seeds the data order, the learner and the actors' engines."
+    )
 
     @property
     def path(self) -> Path:
@@ -64,7 +67,7 @@ class RedisConfig(Section):
 
     url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// URL.")
     task_lease_s: float = Field(
-        120.0, gt=0, description="A task not renewed for so long goes to another actor."
+        120.0, ge=1.0, description="A task not renewed for so long goes to another actor."
     )
     max_entry_mib: int = Field(64, ge=1, le=512, description="Largest rollout group accepted, in MiB.")
 
@@ -124,7 +127,7 @@ class RewardConfig(Section):
         description="Import path `module:function`.",
     )
     timeout_s: float = Field(10.0, gt=0, description="A slower call scores the sample as failed.")
-    failed_score: float = Field(0.0, description="Reward of a sample whose scoring failed.")
+    failed_score: float = Field(0.0, ge=-1e6, le=1e6, description="Reward of a sample whose scoring failed.")
     concurrency: int = Field(4, ge=1, le=256, description="Worker processes that run the reward function.")
 
 
@@ -171,7 +174,7 @@ class LearnerConfig(Section):
     micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens per forward pass.")
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     warmup_updates: int = Field(10, ge=0, description="Linear warm-up, in optimizer updates; constant after.")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.999), description="AdamW betas.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     max_staleness: int = Field(

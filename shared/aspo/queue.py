@@ -30,6 +30,7 @@ from aspo.schemas import Purpose, Task
 
 GROUP = "aspo"
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
+QUARANTINE_LENGTH = 1000  # the newest unusable rollouts, kept for inspection
 _STALE_ID = "equal or smaller"
 _HANDED_BACK_MS = 10**9
 
@@ -152,6 +153,11 @@ class TaskQueue:
         """Acknowledge tasks whose rollouts are stored, and free them."""
         _acknowledge(self._redis, ((claim.stream, claim.entry_id) for claim in claims))
 
+    def next_index(self, purpose: Purpose) -> int:
+        """The lowest index above those of all tasks put since the last reset."""
+        last = self._redis.xinfo_stream(self._streams[purpose])["last-generated-id"]
+        return int(last.decode().partition("-")[2])
+
     def depth(self) -> dict[str, int]:
         """Count the tasks waiting or being worked on, by purpose."""
         return {purpose: int(self._redis.xlen(stream)) for purpose, stream in self._streams.items()}
@@ -247,7 +253,7 @@ class RolloutReader:
     def quarantine(self, delivery: Delivery, reason: str) -> None:
         """Keep a copy of a rollout that cannot be used, with the reason; it still is to be acknowledged."""
         entry = {"reason": reason, "uid": delivery.uid, "group": delivery.payload}
-        self._redis.xadd(self._quarantine, entry)
+        self._redis.xadd(self._quarantine, entry, maxlen=QUARANTINE_LENGTH, approximate=False)
 
     @property
     def streams(self) -> int:

@@ -63,7 +63,7 @@ async def test_a_failure_costs_its_own_sample_only(
     [
         ("no_such_module:f", ["answer"], "No module named 'no_such_module'; put its folder on PYTHONPATH"),
         ("aspo_actor.rewards:no_such", ["answer"], "has no 'no_such'"),
-        ("aspo_actor.rewards:re", ["answer"], "is not a function"),
+        ("aspo_actor.rewards:re", ["answer"], "is not a plain function"),
         ("aspo_actor.rewards:exact_match", ["solution"], "set data.reward_columns"),
     ],
 )

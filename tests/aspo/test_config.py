@@ -39,6 +39,8 @@ def test_overrides_beat_the_environment_beats_the_file_beats_the_default(
         ("run.name=../etc", "run.name"),
         ("weights.publish_every=9", "all data would be too stale; lower it or raise max_staleness"),
         ("auth.operator_token=''", "auth.operator_token"),
+        ("reward.failed_score=inf", "reward.failed_score"),
+        ("learner.betas=[1.0, 1.0]", "learner.betas"),
         ("no-equals-sign", "write it as section.key=value"),
         ("reward.function=os.system", "reward.function"),
     ],

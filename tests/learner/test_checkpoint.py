@@ -64,7 +64,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     train(trainer, range(1))
     for step in (1, 2):
         checkpoints.save(step, trainer.policy.model, trainer.optimizer, {"trainer": trainer.state()})
-    path = tmp_path / "checkpoints" / "step-00000002" / file
+    path = tmp_path / "checkpoints" / "step-00000002-0000" / file
     content = bytearray(path.read_bytes())
     if damage == "remove":
         path.unlink()
@@ -76,7 +76,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     state = checkpoints.load(trainer.policy.model, trainer.optimizer)
     assert state is not None
     assert state["step"] == 1
-    assert "step-00000002 is damaged" in caplog.text
+    assert "step-00000002-0000 is damaged" in caplog.text
 
 
 def test_only_the_newest_are_kept_and_a_half_written_one_is_not_one(trainer: Trainer, tmp_path: Path) -> None:
@@ -85,7 +85,10 @@ def test_only_the_newest_are_kept_and_a_half_written_one_is_not_one(trainer: Tra
     (folder / ".partial-00000009").mkdir()
     for step in range(4):
         checkpoints.save(step, trainer.policy.model, trainer.optimizer, {"trainer": trainer.state()})
-    assert [path.name for path in sorted(folder.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    assert [path.name for path in sorted(folder.glob("step-*"))] == [
+        "step-00000002-0000",
+        "step-00000003-0000",
+    ]
     state = checkpoints.load(trainer.policy.model, trainer.optimizer)
     assert state is not None
     assert state["step"] == 3
@@ -109,6 +112,24 @@ def test_saving_a_step_again_keeps_the_first_until_the_second_is_whole(
         assert state is not None
         assert state["mark"] == mark
         checkpoints.save(4, trainer.policy.model, trainer.optimizer, {"mark": "third"})
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_newest_is_never_the_one_that_goes(trainer: Trainer, tmp_path: Path, keep: int) -> None:
+    """However often a step is saved again, and beside damaged checkpoints of later steps."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=keep)
+    for step in (15, 20):
+        checkpoints.save(step, trainer.policy.model, trainer.optimizer, {"mark": -1})
+    for path in folder.glob("step-*/state.json"):
+        path.write_text("spoilt")
+    assert checkpoints.load(trainer.policy.model, trainer.optimizer) is None
+    for mark, step in enumerate((5, 10, 10, 10, 10, 10)):
+        checkpoints.save(step, trainer.policy.model, trainer.optimizer, {"mark": mark})
+        state = checkpoints.load(trainer.policy.model, trainer.optimizer)
+        assert state is not None
+        assert state["mark"] == mark
+    assert len(list(folder.glob("step-*"))) == keep
 
 
 def test_a_checkpoint_of_another_model_is_refused(trainer: Trainer, tmp_path: Path) -> None:

@@ -44,13 +44,14 @@ def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
             max_prompt_tokens=10,
             max_entry_bytes=2**20,
             max_staleness=2,
+            cursor=lambda: 100,
         )
         return Intake(
             RolloutReader(client, run),
             Ledger() if ledger is None else ledger,
             limits,
             on_eval=on_eval,
-            was_asked=lambda index: index < 100,
+            was_asked=lambda group, index: index < 100 and group.temperature == 1.0,
         )
 
     return make
@@ -148,7 +149,9 @@ def test_groups_past_the_staleness_bound_are_dropped_and_counted(
         ({"token_ids": lambda g: np.full_like(g.token_ids, 16)}, "token-out-of-range"),
         ({"rewards": lambda g: np.full_like(g.rewards, np.inf)}, "bad-reward"),
         ({"uid": lambda g: "other:train:0"}, "foreign-uid"),
-        ({"uid": lambda g: g.uid.replace(":0", ":100")}, "foreign-uid"),
+        ({"uid": lambda g: g.uid.replace(":0", ":100")}, "not-as-asked"),
+        ({"temperature": 0.5}, "not-as-asked"),
+        ({"rewards": lambda g: np.full_like(g.rewards, 3e38)}, "bad-reward"),
         ({"uid": lambda g: g.uid.replace(":0", ":" + "9" * 90)}, "foreign-uid"),
         ({"step": 6}, "future-version"),
     ],
@@ -221,6 +224,10 @@ def test_a_new_learner_asks_again_for_exactly_what_is_missing(
     anew.top_up(100)
     assert [claim.task for claim in queue.claim("b", count=100)] == asked
 
+    queue.finish(queue.claim("b", count=100))
+    late = Dispatcher(queue, PROMPTS, config, Ledger(), cursor=4)
+    assert late.cursor == len(asked), "what was asked after the last checkpoint counts as asked"
+
     client.delete(f"aspo:{run}:tasks:train")
     ledger = Ledger()
     ledger.add(1)
@@ -270,19 +277,36 @@ def test_an_evaluation_ends_with_its_last_answer(
     tasks = [claim.task for claim in TaskQueue(client, run).claim("a", count=100)]
     assert [(t.temperature, t.group_size, t.min_version) for t in tasks] == [(0.0, 1, f"{run}/1/3")] * 2
     answers = [make_group(model, uid=t.uid, size=1, rewards=[i]) for i, t in enumerate(tasks)]
-    assert evaluator.take(answers[0]) is None
-    assert evaluator.take(answers[0]) is None
-    assert evaluator.take(answers[1]) == 0.5
+    assert evaluator.take(answers[0].uid, 0.0) is None
+    assert evaluator.take(answers[0].uid, 0.0) is None
+    assert evaluator.take(answers[1].uid, 1.0) == 0.5
     assert not evaluator.running
     later = Evaluator(TaskQueue(client, run), PROMPTS, config, epoch=2)
     later.start(f"{run}/2/3", count=1)
     [claim] = TaskQueue(client, run).claim("a", count=100)
-    assert later.take(answers[0]) is None, "an answer to a former learner's question"
+    assert later.take(answers[0].uid, 1.0) is None, "an answer to a former learner's question"
     later.recover()
     assert TaskQueue(client, run).claim("a", count=100) == []
     TaskQueue(client, run).finish([claim])
     later.recover()
     assert [c.task for c in TaskQueue(client, run).claim("a", count=100)] == [claim.task]
+
+
+def test_only_an_answer_to_the_question_counts(
+    client: redis.Redis, run: str, tmp_path: Path, model: Any
+) -> None:
+    config = write_config(tmp_path, model="m", run=run)
+    dispatcher = Dispatcher(TaskQueue(client, run), PROMPTS, config, Ledger())
+    dispatcher.top_up(1)
+    asked = TaskQueue(client, run).claim("a", count=1)[0].task
+    group = make_group(model, uid=asked.uid)
+    right = dataclasses.replace(group, prompt_ids=np.array(asked.prompt_ids, dtype=np.int32))
+    assert dispatcher.was_asked(right, 0)
+    assert not dispatcher.was_asked(right, dispatcher.cursor)
+    assert not dispatcher.was_asked(group, 0)
+    assert not dispatcher.was_asked(dataclasses.replace(right, temperature=0.5), 0)
+    small = make_group(model, uid=asked.uid, size=2)
+    assert not dispatcher.was_asked(dataclasses.replace(small, prompt_ids=right.prompt_ids), 0)
 
 
 def test_what_a_lost_timeline_did_is_stale_from_the_branch(model: Any) -> None:

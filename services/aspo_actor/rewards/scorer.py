@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import inspect
 import logging
-import math
 import multiprocessing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pebble import ProcessExpired, ProcessPool
 
+from aspo.codec import MAX_REWARD
 from aspo.config import ConfigError, RewardConfig
 from aspo.schemas import FloatArray
 
@@ -41,11 +41,16 @@ def load_reward_function(path: str, columns: Sequence[str]) -> RewardFunction:
         raise ConfigError(f"reward.function {path!r}: {error}; put its folder on PYTHONPATH") from None
     except AttributeError:
         raise ConfigError(f"reward.function {path!r}: module {module_name} has no {name!r}") from None
-    if not callable(function):
-        raise ConfigError(f"reward.function {path!r} is not a function")
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way as it is imported
+        raise ConfigError(
+            f"reward.function {path!r}: importing it raised {error!r}; mend the module"
+        ) from None
+    unfit = (inspect.isclass, inspect.iscoroutinefunction, inspect.isgeneratorfunction)
+    if not callable(function) or any(is_kind(function) for is_kind in unfit):
+        raise ConfigError(f"reward.function {path!r} is not a plain function")
     try:
         inspect.signature(function).bind("completion", **dict.fromkeys(columns))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(
             f"reward.function {path!r} does not take (completion, {', '.join(columns)}): {error}; "
             "set data.reward_columns"
@@ -121,4 +126,4 @@ def _score_one(function: RewardFunction, completion: str, columns: dict[str, Any
     except Exception as error:  # a user's function may raise anything; the sample fails, the run goes on
         # Escaped, for it may quote what a model wrote.
         return f"{type(error).__name__}: {error}"[:300].encode("unicode_escape").decode()
-    return value if math.isfinite(value) else f"it gave {value}"
+    return value if abs(value) <= MAX_REWARD else f"it gave {value}, not a number within {MAX_REWARD:g}"
