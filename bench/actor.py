@@ -44,7 +44,7 @@ RAMP_S = 1.5
 OVERRIDES = ["learner.max_staleness=200", "learner.steps=100000"]
 
 
-async def main(rounds: int, window_s: float) -> dict[str, Any]:
+async def main(rounds: int, window_s: float, niceness: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch, Processes(Path(scratch) / "logs") as parts:
         folder = Path(scratch) / "bench"
         folder.mkdir()
@@ -55,8 +55,9 @@ async def main(rounds: int, window_s: float) -> dict[str, Any]:
         wait_for_port(ports["redis_port"], 10)
         flags = [part for override in OVERRIDES for part in ("--set", override)]
         learner = [sys.executable, "-m", "aspo_cli", "learner", "--config", str(folder / "config.toml")]
-        parts.start("learner", [*learner, *flags])
-        return await measure(load_config(folder / "config.toml", OVERRIDES), folder, rounds, window_s)
+        parts.start("learner", ["nice", "-n", str(niceness), *learner, *flags])
+        config = load_config(folder / "config.toml", OVERRIDES)
+        return {"learner_niceness": niceness} | await measure(config, folder, rounds, window_s)
 
 
 async def measure(config: Config, folder: Path, rounds: int, window_s: float) -> dict[str, Any]:
@@ -157,5 +158,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--window", type=float, default=8.0, help="seconds")
+    parser.add_argument("--learner-niceness", type=int, default=0, help="19 leaves the actor all it wants")
     arguments = parser.parse_args()
-    print(json.dumps(asyncio.run(main(arguments.rounds, arguments.window))))
+    print(json.dumps(asyncio.run(main(arguments.rounds, arguments.window, arguments.learner_niceness))))
