@@ -10,6 +10,7 @@ import typer
 
 from aspo.errors import AspoError
 
+INTERRUPTED = 130
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -107,3 +108,5 @@ def run() -> None:
     except AspoError as error:
         print(f"aspo: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
