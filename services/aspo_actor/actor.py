@@ -1,6 +1,8 @@
 """An actor's life: fetch the latest version, start the engine, then sample and follow the weights.
 
-asyncio.run(Actor(config).run())
+    asyncio.run(Actor(config).run())
+
+It needs no model of its own: config, tokenizer and weights come from the learner.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ class Actor:
         self._loop = asyncio.get_running_loop()
         for signum in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(signum, self._leave.set)
-        token = self._config.auth.actor_token
+        token = self._config.auth.actor_token or self._config.auth.operator_token
         client = WeightClient(
             self._config.actor.learner_url,
             self._folder / "blobs",

@@ -61,8 +61,8 @@ class WeightSync:
             await self._applied.wait_for(lambda: PolicyVersion.parse(self._engine.version) >= wanted)
 
     async def _apply(self, manifest: Manifest) -> None:
-        if manifest.version == self._engine.version:
-            return
+        if manifest.policy_version <= PolicyVersion.parse(self._engine.version):
+            return  # another sync, asked for meanwhile, was ahead of this one
         started = time.monotonic()
         files = await self._client.pull(manifest)
         self.stats.pull_seconds = time.monotonic() - started

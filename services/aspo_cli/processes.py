@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -35,9 +35,7 @@ class Processes:
         self._parts: dict[str, subprocess.Popen[bytes]] = {}
         logs.mkdir(parents=True, exist_ok=True)
 
-    def start(
-        self, name: str, command: Sequence[str | Path], environment: Mapping[str, str] | None = None
-    ) -> None:
+    def start(self, name: str, command: Sequence[str | Path]) -> None:
         """Start one part; its output goes to `logs/name.log`."""
         with self._log(name).open("wb") as log:
             # A session of its own: Ctrl-C reaches the parts by way of `stop`, in order.
@@ -46,7 +44,6 @@ class Processes:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
                 start_new_session=True,
             )
 

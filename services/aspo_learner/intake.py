@@ -7,6 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from aspo.codec import CodecError, decode_group, validate_group
 from aspo.queue import Delivery, RolloutReader
@@ -29,8 +30,15 @@ class Limits:
     max_prompt_tokens: int
     max_entry_bytes: int
     max_staleness: int
-    cursor: Callable[[], int]
     branch: int = 0
+
+
+class Asker(Protocol):
+    """Who knows what was asked: the dispatcher."""
+
+    cursor: int
+
+    def was_asked(self, group: RolloutGroup, index: int) -> bool: ...
 
 
 class Intake:
@@ -43,22 +51,20 @@ class Intake:
         self,
         reader: RolloutReader,
         ledger: Ledger,
+        asker: Asker,
         limits: Limits,
         *,
         on_eval: Callable[[RolloutGroup], None],
-        was_asked: Callable[[RolloutGroup, int], bool],
         on_lost_eval: Callable[[str], None] = lambda uid: None,
     ) -> None:
-        self._reader, self._ledger, self.limits, self._on_eval = reader, ledger, limits, on_eval
-        self._was_asked, self._on_lost_eval = was_asked, on_lost_eval
+        self._reader, self._ledger, self._asker, self.limits = reader, ledger, asker, limits
+        self._on_eval, self._on_lost_eval = on_eval, on_lost_eval
         self._seen: set[tuple[bytes, bytes]] = set()
         self._ready: deque[tuple[int, RolloutGroup]] = deque()
         self._held: set[int] = set()
         self._deliveries: dict[int, Delivery] = {}
         self._done: list[Delivery] = []
         self.ended: Counter[str] = Counter()
-        self.tokens = 0
-        self.groups = 0
 
     @property
     def held(self) -> set[int]:
@@ -132,7 +138,7 @@ class Intake:
         index = task_index(group.uid, self.limits.run, "train")
         if index is None:
             self._set_aside(delivery, "foreign-uid")
-        elif not self._was_asked(group, index):
+        elif not self._asker.was_asked(group, index):
             self._set_aside(delivery, "not-as-asked")
         elif index in self._ledger or index in self._held:
             self.ended["duplicate"] += 1
@@ -141,8 +147,6 @@ class Intake:
             self._held.add(index)
             self._deliveries[index] = delivery
             self._ready.append((index, group))
-            self.tokens += len(group.token_ids)
-            self.groups += 1
 
     def _drop_stale(self, current: PolicyVersion) -> None:
         fresh: deque[tuple[int, RolloutGroup]] = deque()
@@ -166,6 +170,6 @@ class Intake:
         self._reader.quarantine(delivery, reason)
         self._done.append(delivery)
         index = task_index(delivery.uid, self.limits.run, "train")
-        if index is not None and index not in self._held and index < self.limits.cursor():
+        if index is not None and index not in self._held and index < self._asker.cursor:
             self._ledger.add(index)
         self._on_lost_eval(delivery.uid)

@@ -31,6 +31,7 @@ from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.data import Prompt, load_prompts
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
+from aspo_learner.identity import claim_run
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy, pick_device
@@ -71,6 +72,7 @@ class Learner:
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
         self._checkpoint_seconds = 0.0
+        claim_run(self._redis, config.run.name, config.run.path)
         self._ledger, cursor = self._restore()
         epoch = next_epoch(self._redis, config.run.name, self._store)
         self._publisher = Publisher(self._store, self.policy, config.run.name, epoch)
@@ -169,16 +171,15 @@ class Learner:
             max_entry_bytes=config.redis.max_entry_mib * 2**20,
             max_staleness=config.learner.max_staleness,
             branch=self.step,
-            cursor=lambda: self._dispatcher.cursor,
         )
         reader = RolloutReader(self._redis, config.run.name)
         self._reader = reader
         self._intake = Intake(
             reader,
             self._ledger,
+            self._dispatcher,
             limits,
             on_eval=lambda group: self._on_evaluated(group.uid, float(group.rewards.mean())),
-            was_asked=self._dispatcher.was_asked,
             # An answer that cannot be used is a wrong one: asked again it would come again.
             on_lost_eval=lambda uid: self._on_evaluated(uid, config.reward.failed_score),
         )
@@ -217,9 +218,8 @@ class Learner:
             "checkpoint_seconds": self._checkpoint_seconds,
         }
         self._checkpoint_seconds = 0.0
-        self._record(
-            metrics, sum(len(group) for group in groups)
-        )  # before the checkpoint, which must cover it
+        # Before the checkpoint, which must cover it.
+        self._record(metrics, rollouts=sum(len(group) for group in groups))
         if self.step % self.config.learner.checkpoint_every == 0 or self.controls.checkpoint.is_set():
             self._checkpoint()
 

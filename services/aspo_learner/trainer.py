@@ -1,7 +1,9 @@
 """One training step: advantages, ratios, ASPO, optimizer updates; and what it reports.
 
-trainer = Trainer(policy, config)
-metrics = trainer.train_step(groups)        # several updates on one batch of rollout groups
+    trainer = Trainer(policy, config)
+    metrics = trainer.train_step(groups)        # several updates on one batch of rollout groups
+
+Numerators and denominators of the metrics are summed over all micro-batches of the step.
 """
 
 from __future__ import annotations

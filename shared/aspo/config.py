@@ -267,6 +267,10 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        if self.auth.reader_token and not (self.auth.actor_token or self.auth.operator_token):
+            raise ValueError(
+                "auth.reader_token is set alone, so no actor could fetch weights; set auth.actor_token"
+            )
         bound = self.learner.max_staleness + 1
         if self.weights.publish_every > bound:
             raise ValueError(

@@ -2,10 +2,10 @@
 
     app = create_app("learner", auth=settings.auth, ready=is_ready, registry=REGISTRY)
 
-    @app.get("/v1/status", dependencies=[require(app, Scope.READER)])
+    @app.get("/v1/status", dependencies=[require(Scope.READER)])
     def status() -> Status: ...
 
-    with Server(app, host, port) as server:      # uvicorn in a thread of its own
+    with Server(app, listen(host, port, settings.auth)) as server:      # uvicorn in a thread of its own
         print(server.url)
 
 Probes and metrics are public; every other route names a scope. Without tokens only loopback addresses are

@@ -39,6 +39,7 @@ def test_overrides_beat_the_environment_beats_the_file_beats_the_default(
         ("run.name=../etc", "run.name"),
         ("weights.publish_every=9", "all data would be too stale; lower it or raise max_staleness"),
         ("auth.operator_token=''", "auth.operator_token"),
+        ("auth.reader_token=r", "no actor could fetch weights; set auth.actor_token"),
         ("reward.failed_score=inf", "reward.failed_score"),
         ("learner.betas=[1.0, 1.0]", "learner.betas"),
         ("no-equals-sign", "write it as section.key=value"),
@@ -74,7 +75,7 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
 
 
 def test_settings_are_frozen_and_tokens_do_not_show(config_file: Path) -> None:
-    config = load_config(config_file, ["auth.reader_token=hunter2"])
+    config = load_config(config_file, ["auth.operator_token=hunter2"])
     assert "hunter2" not in repr(config)
     with pytest.raises(ValueError, match="frozen"):
         config.learner.steps = 3  # type: ignore[misc]

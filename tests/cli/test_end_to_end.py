@@ -33,13 +33,20 @@ def finished(project: Path, url: str) -> Iterator[tuple[Service, Service, Path]]
     actor = Service(project, "actor", "--config", "my.toml")
     try:
         wait_until(lambda: step_of(url) >= 2, 200, (learner, actor))
+        post(f"{url}/v1/pause")  # lest the run end before the export has begun
         exported = Service(project, "export", "exported", "--learner", url)
         assert exported.wait(60) == 0, exported.text
+        post(f"{url}/v1/resume")
         assert learner.wait(120) == 0, learner.text
         yield learner, actor, project / "exported"
     finally:
         learner.kill()
         actor.kill()
+
+
+def post(url: str) -> None:
+    with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10):
+        return
 
 
 def read(url: str) -> str:

@@ -12,12 +12,14 @@ import pytest
 import redis
 
 from aspo.codec import encode_group
+from aspo.config import ConfigError
 from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo_learner.batching import staleness_of
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.dispatcher import Dispatcher, task_index, task_uid
 from aspo_learner.evaluation import Evaluator
+from aspo_learner.identity import claim_run
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import load_model
@@ -25,6 +27,15 @@ from models import save_model
 from rollouts import make_group, write_config
 
 PROMPTS = [Prompt([2, 3, i], {"answer": str(i)}) for i in range(5)]
+
+
+class StubAsker:
+    """Has asked for a hundred groups at temperature 1."""
+
+    cursor = 100
+
+    def was_asked(self, group: RolloutGroup, index: int) -> bool:
+        return index < self.cursor and group.temperature == 1.0
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +55,13 @@ def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
             max_prompt_tokens=10,
             max_entry_bytes=2**20,
             max_staleness=2,
-            cursor=lambda: 100,
         )
         return Intake(
             RolloutReader(client, run),
             Ledger() if ledger is None else ledger,
+            StubAsker(),
             limits,
             on_eval=on_eval,
-            was_asked=lambda group, index: index < 100 and group.temperature == 1.0,
         )
 
     return make
@@ -258,6 +268,19 @@ def test_a_delivery_lost_on_its_way_is_read_again_and_known_ones_are_not(
     intake.reread(current(run))
     assert intake.ready == 3
     assert intake.ended == {}
+
+
+def test_a_folder_and_its_keys_are_of_one_life(client: redis.Redis, run: str, tmp_path: Path) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    ours.mkdir()
+    other.mkdir()
+    claim_run(client, run, ours)
+    claim_run(client, run, ours)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"Redis holds another run named .* choose another run\.name"):
+            claim_run(client, run, other)
+    client.delete(f"aspo:{run}:id")  # Redis lost its data: the folder goes on
+    claim_run(client, run, ours)
 
 
 def test_every_pass_over_the_prompts_is_a_new_seeded_permutation() -> None:
