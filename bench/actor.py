@@ -28,7 +28,7 @@ import aiohttp
 
 from aspo.config import Config, load_config
 from aspo.queue import connect
-from aspo.weights.client import WeightClient
+from aspo.weights.client import WeightClient, export
 from aspo_actor.engine import RolloutEngine
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.weight_sync import WeightSync
@@ -62,15 +62,15 @@ async def main(rounds: int, window_s: float, niceness: int) -> dict[str, Any]:
 
 async def measure(config: Config, folder: Path, rounds: int, window_s: float) -> dict[str, Any]:
     async with WeightClient(config.actor.learner_url, folder / "blobs") as client:
-        manifest = await client.latest(wait_s=30)
-        assert manifest is not None, "the learner published nothing"
-        model = await client.export(manifest, folder / "model")
+        plan = await client.latest(wait_s=30)
+        assert plan is not None, "the learner published nothing"
+        mirror = await export(client, plan, folder / "model")
         engine = await RolloutEngine.start(
-            model, config.model.dtype, config.actor.engine, version=manifest.version
+            folder / "model", config.model.dtype, config.actor.engine, version=plan.manifest.version
         )
         figures: dict[str, list[float]] = {"alone": [], "worker": [], "loop": []}
         with Scorer(config.reward, config.data.reward_columns) as scorer:
-            sync = WeightSync(client, engine)
+            sync = WeightSync(client, engine, mirror, folder)
             following = asyncio.create_task(sync.run())
             for _ in range(rounds):
                 await post(config, "pause")

@@ -19,15 +19,16 @@ import zlib
 import redis
 
 from aspo.config import Config
-from aspo.http import Server, listen
+from aspo.http import Server, listen, reachable
 from aspo.presence import ActorStatus, announce, withdraw
 from aspo.queue import connect
 from aspo.telemetry import ACTOR_METRICS, Gauges
-from aspo.weights.client import WeightClient
-from aspo.weights.manifest import Manifest, WeightsError
+from aspo.weights.client import Mirror, WeightClient, export
+from aspo.weights.manifest import Plan, WeightsError
 from aspo_actor.app import build_app
 from aspo_actor.engine import RolloutEngine
 from aspo_actor.rewards.scorer import Scorer
+from aspo_actor.trial import Trials
 from aspo_actor.weight_sync import WeightSync
 from aspo_actor.worker import Worker
 
@@ -54,6 +55,7 @@ class Actor:
         self._engine: RolloutEngine | None = None
         self._worker: Worker | None = None
         self._sync: WeightSync | None = None
+        self._mirror: Mirror
         self._scorer: Scorer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leave = asyncio.Event()
@@ -68,8 +70,12 @@ class Actor:
             self._config.actor.learner_url,
             self._folder / "blobs",
             token=token.get_secret_value() if token else None,
+            name=self.id,
+            role="actor",
         )
-        with Server(build_app(self, self._gauges, self._config.auth), self._listener) as server:
+        app = build_app(self, client.cache, self._gauges, self._config.auth)
+        with Server(app, self._listener) as server:
+            client.serves = self._config.actor.advertise_url or reachable(server.url)
             log.info("actor %s of run %s serves on %s", self.id, self._config.run.name, server.url)
             beating = asyncio.create_task(self._heartbeat(server.url))
             try:
@@ -89,9 +95,15 @@ class Actor:
             status.version = self._engine.version
             status.groups, status.groups_in_flight = self._worker.groups, self._worker.in_flight
             status.tokens, status.tokens_per_second = self._worker.tokens, self._worker.tokens_per_second
-            status.weight_syncs = self._sync.stats.syncs
-            status.weight_pull_seconds = self._sync.stats.pull_seconds
-            status.weight_pause_seconds = self._sync.stats.pause_seconds
+            sync, pulled = self._sync.stats, self._sync.pulled
+            status.weight_syncs, status.weight_patches = sync.syncs, sync.patches
+            status.weight_repairs = sync.repairs
+            status.weight_plan, status.weight_versions_behind = pulled.last_kind, pulled.versions_behind
+            status.weight_bytes, status.weight_bytes_from_peers = pulled.bytes, pulled.bytes_from_peers
+            status.weight_retries = pulled.retries
+            status.weight_pull_seconds = sync.pull_seconds
+            status.weight_apply_seconds = sync.apply_seconds
+            status.weight_pause_seconds = sync.pause_seconds
             status.reward_failures = self._scorer.failures
         return status
 
@@ -132,11 +144,15 @@ class Actor:
         self, client: WeightClient, engine: RolloutEngine, scorer: Scorer, leaving: asyncio.Task[bool]
     ) -> None:
         """Work and follow the weights; whichever of them fails ends the actor with its error."""
-        self._sync = WeightSync(client, engine)
+        trials = Trials(client, engine, self._config.canary, self.id)
+        self._sync = WeightSync(client, engine, self._mirror, self._folder, trials)
         self._worker = Worker(self._config, self.id, self._redis, engine, scorer, self._sync)
+        if self._config.canary.enabled:
+            self._worker.on_group = trials.saw
         self._engine, self._state = engine, "sampling"
         working = asyncio.create_task(self._worker.run())
-        others = {asyncio.create_task(self._sync.run()), asyncio.create_task(_keep_probing(engine))}
+        watching = (self._sync.run(), self._sync.keep_mended(), _keep_probing(engine))
+        others = {asyncio.create_task(job) for job in watching}
         done, _ = await asyncio.wait({leaving, working, *others}, return_when=asyncio.FIRST_COMPLETED)
         self._state = "draining"
         failed = done - {leaving}
@@ -147,27 +163,28 @@ class Actor:
             job.result()
 
     async def _start_engine(self, client: WeightClient) -> RolloutEngine:
-        manifest = await self._first_version(client)
-        self._state = f"loading {manifest.version}"
-        model = await client.export(manifest, self._folder / "model")
+        plan = await self._first_plan(client)
+        version, folder = plan.manifest.version, self._folder / "model"
+        self._state = f"loading {version}"
+        self._mirror = await export(client, plan, folder)
         engine = await RolloutEngine.start(
-            model,
+            folder,
             self._config.model.dtype,
             self._config.actor.engine,
-            version=manifest.version,
+            version=version,
             # Actors of one run must not all draw alike.
             seed=self._config.run.seed + zlib.crc32(self.id.encode()) % 2**16,
         )
-        log.info("engine runs %s", manifest.version)
+        log.info("engine runs %s", version)
         return engine
 
-    async def _first_version(self, client: WeightClient) -> Manifest:
+    async def _first_plan(self, client: WeightClient) -> Plan:
         self._state = "waiting for the learner"
         while True:
             try:
-                manifest = await client.latest(wait_s=5)
-                if manifest is not None:
-                    return manifest
+                plan = await client.latest(wait_s=5)
+                if plan is not None:
+                    return plan
             except WeightsError as error:
                 log.warning("waiting for the learner: %s", error)
                 await asyncio.sleep(HEARTBEAT_S)
@@ -189,4 +206,5 @@ async def _keep_probing(engine: RolloutEngine) -> None:
     """Generate a token every so often: vLLM's own health check does not see a hung engine."""
     while True:
         await asyncio.sleep(PROBE_EVERY_S)
-        await engine.probe(PROBE_TIMEOUT_S)
+        if not engine.recoverable:
+            await engine.probe(PROBE_TIMEOUT_S)

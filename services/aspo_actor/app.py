@@ -11,7 +11,9 @@ from aspo.config import AuthConfig
 from aspo.http import ApiError, Scope, create_app, require
 from aspo.presence import ActorStatus
 from aspo.telemetry import Gauges
+from aspo.weights.blobs import BlobStore
 from aspo.weights.manifest import WeightsError
+from aspo.weights.server import blob_routes
 
 
 class Synced(BaseModel):
@@ -38,9 +40,10 @@ class Observed(Protocol):
     def start_drain(self) -> None: ...
 
 
-def build_app(actor: Observed, gauges: Gauges, auth: AuthConfig) -> FastAPI:
-    """Make the actor's app."""
+def build_app(actor: Observed, blobs: BlobStore, gauges: Gauges, auth: AuthConfig) -> FastAPI:
+    """Make the actor's app; it hands the blobs that it has verified on to its peers."""
     app = create_app("actor", auth=auth, ready=actor.not_ready, registry=gauges.registry)
+    app.include_router(blob_routes(blobs))
     operator = [require(Scope.OPERATOR)]
 
     @app.get("/v1/status", dependencies=[require(Scope.READER)], tags=["status"])

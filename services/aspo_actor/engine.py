@@ -3,7 +3,11 @@
     engine = await RolloutEngine.start(folder, "bfloat16", settings, version="demo/1/0")
     group = await engine.sample(prompt_ids, n=8, max_tokens=256, temperature=1.0)
     await engine.apply_weights(files, "demo/1/1")   # running requests go on under the new weights
+    await engine.apply_patch(patch, "demo/1/1", "demo/1/2")   # the same in milliseconds; see `patch`
     await engine.close()
+
+An update that fails midway damages the engine: sampling stands still and nothing is handed out, until
+`apply_weights` has replaced every weight. Requests that the failed weights may have drawn from are dropped.
 
 Every log-prob is the one its token was drawn with: top-p, top-k, penalties and min-tokens are off, and the
 distribution is the temperature's (at temperature 0, the unscaled one). Requests that run through an update
@@ -15,13 +19,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
-import difflib
-import importlib
 import itertools
-import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,19 +32,25 @@ import numpy as np
 from aspo.config import ConfigError, EngineConfig
 from aspo.errors import AspoError
 from aspo.schemas import FloatArray, IntArray, VersionSpan
+from aspo_actor.engine_settings import (
+    check_request,
+    import_vllm,
+    one_line,
+    sampling_params,
+    scoring_params,
+    start_client,
+)
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
-# Spelt out, for importing the plug-in imports vLLM.
-_EXTENSION = "aspo_actor.vllm_plugin.AspoWorkerExtension"
-_BACKEND = "aspo"
-
 _PROBE_LENGTH = 8
 _SHUTDOWN_S = 5.0
 _UPDATE_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 120.0
+_ANSWER_TIMEOUT_S = 30.0
+_POLL_S = 0.005
 
 
 class EngineError(AspoError, RuntimeError):
@@ -54,7 +60,11 @@ class EngineError(AspoError, RuntimeError):
 
 
 class WeightsRefusedError(AspoError, ValueError):
-    """Files that are not a complete set of this model's weights; the old weights are still in service."""
+    """An update that does not fit the model or its weights, which are as they were before."""
+
+
+class _NotFiniteError(EngineError):
+    """Log-probs that no sound weights give."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -95,10 +105,16 @@ class RolloutEngine:
         self._running: dict[str, int] = {}
         self._updates = 0
         self._version = version
+        # Why the engine is given up, or stands still until a complete update.
         self._failure: str | None = None
+        self._damage: str | None = None
+        self._unpatchable: str | None = None
         self._closed = False
         self._update_lock = asyncio.Lock()
         # Cleared while new weights are on probation: what they sample is not handed out before the probe.
+        # Requests of an earlier era than the present one are dropped with the weights that drew them.
+        self._era = 0
+        self._exposed = False
         self._trusted = asyncio.Event()
         self._trusted.set()
 
@@ -115,13 +131,19 @@ class RolloutEngine:
             raise ConfigError(f"no model at {folder}: it must be a folder with a config.json")
         loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "vllm-start")
         try:
-            await loop.run_in_executor(thread, _import_vllm)
-            client = await loop.run_in_executor(thread, _start_client, folder, dtype, settings, seed)
+            await loop.run_in_executor(thread, import_vllm)
+            client = await loop.run_in_executor(thread, start_client, folder, dtype, settings, seed)
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise EngineError(f"vLLM did not start: {one_line(error)}") from error
         finally:
             thread.shutdown(wait=False)
         engine = cls(client, version)
         try:
             await client.update_weight_version(version)
+            reasons = await client.collective_rpc("aspo_unpatchable")
+            engine._unpatchable = next(filter(None, reasons), None)
             await engine._warm_up()
         except BaseException:
             await engine.close()
@@ -140,7 +162,29 @@ class RolloutEngine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine may sample; once False, it stays so until a new engine is started."""
+        """Whether the engine may sample."""
+        return self._damage is None and self._alive
+
+    @property
+    def recoverable(self) -> bool:
+        """Whether the engine is damaged and a complete update would mend it; else only a new engine helps."""
+        return self._damage is not None and self._alive
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine is not healthy, in one line."""
+        if self.healthy:
+            return None
+        ended = "the engine is closed" if self._closed else "vLLM's engine died"
+        return self._failure or (self._damage if self._alive else ended)
+
+    @property
+    def unpatchable(self) -> str | None:
+        """Why this model takes no patches, or None if it does."""
+        return self._unpatchable
+
+    @property
+    def _alive(self) -> bool:
         return self._failure is None and not self._closed and not self._client.errored
 
     async def sample(
@@ -160,27 +204,30 @@ class RolloutEngine:
         """
         if n < 1 or max_tokens < 1:
             raise ConfigError(f"n {n} and max_tokens {max_tokens} must both be at least 1")
-        self._validate(prompt_ids, max_tokens, temperature)
+        check_request(self._client, prompt_ids, max_tokens, temperature)
         greedy = temperature == 0
-        params = _sampling_params(1 if greedy else n, max_tokens, temperature, seed)
-        output = await self._generate(prompt_ids, params)
-        await self._trusted.wait()
-        self._require_healthy()
-        completions = [self._completion(sample) for sample in output.outputs]
+        params = sampling_params(1 if greedy else n, max_tokens, temperature, seed)
+        updates, output = self._updates, await self._draw(prompt_ids, params)
+        try:
+            completions = [self._completion(sample) for sample in output.outputs]
+        except _NotFiniteError as error:
+            await self._distrust(str(error), updates)
+            raise
         return completions * n if greedy else completions
 
     async def score(self, token_ids: Sequence[int]) -> FloatArray:
         """Log-probs [T-1] of `token_ids[1:]` given what precedes each, at temperature 1, current weights."""
-        self._validate(token_ids, 1, 1.0)
-        params = _params(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        output = await self._generate(token_ids, params)
+        check_request(self._client, token_ids, 1, 1.0)
+        params = scoring_params()
+        output = await self._draw(token_ids, params)
         return np.asarray(output.prompt_logprobs.logprobs, dtype=np.float32)
 
     async def probe(self, timeout_s: float) -> None:
         """Generate one token; if none comes within `timeout_s` seconds, raise `EngineError` and give up.
 
-        An update in progress is waited for first. While running requests fill every slot a token would have
-        to queue, so an answer from the loop that steps the model stands in for it.
+        An update in progress is waited for first; a damaged engine raises without being given up. While
+        running requests fill every slot a token would have to queue, so an answer from the loop that steps
+        the model stands in for it.
         """
         async with self._update_lock:
             self._require_healthy()
@@ -193,24 +240,62 @@ class RolloutEngine:
     async def apply_weights(self, files: Sequence[Path], version: str) -> UpdateTimings:
         """Replace the weights by those in `files` (local, verified safetensors) without dropping a request.
 
-        Raises `WeightsRefusedError`, the old weights still in service, when the files are not a complete set
-        of this model's tensors, and `EngineError` for any later failure: the engine is then given up.
+        Any version will do, older ones too; a damaged engine is mended. Raises `WeightsRefusedError`, the
+        engine as it was, when the files are not a complete set of this model's tensors, and `EngineError` for
+        any later failure: the engine is then damaged, or given up if it does not answer.
+        """
+        async with self._update_lock:
+            if not self._alive:
+                raise EngineError(self.failure)
+            names = [str(Path(file).resolve()) for file in files]
+            began = time.perf_counter()
+            with self._checking(version):
+                async with asyncio.timeout(_PROBE_TIMEOUT_S):
+                    reasons = await self._client.collective_rpc("aspo_check_weights", args=(names,))
+            _refuse(version, reasons)
+            return await self._replace({"files": names}, version, began)
+
+    async def apply_patch(self, patch: Path, base: str, version: str) -> UpdateTimings:
+        """Change weights `base` into `version` by a local file of `patch.write_patch`; drops no request.
+
+        Raises `WeightsRefusedError`, the old weights still in service, when other weights than `base` run,
+        the patch does not fit or the model takes none; `EngineError` as `apply_weights`, and when damaged.
         """
         async with self._update_lock:
             self._require_healthy()
-            names = [str(Path(file).resolve()) for file in files]
+            if base != self._version:
+                _refuse(version, [f"the patch is to {base} and the engine runs {self._version}"])
+            name = str(Path(patch).resolve())
             began = time.perf_counter()
-            await self._check(names, version)
-            checked = time.perf_counter()
-            async with self._probation(version):
-                paused, applied = await self._write(names, version)
-                await self._probe(_PROBE_TIMEOUT_S)
-            return UpdateTimings(
-                check_s=checked - began,
-                pause_s=paused - checked,
-                apply_s=applied - paused,
-                probe_s=time.perf_counter() - applied,
-            )
+            with self._checking(version):
+                _refuse(version, await self._beside("aspo_stage_patch", name))
+            return await self._replace({"patch": name}, version, began)
+
+    async def digests(self, names: Sequence[str]) -> dict[str, str]:
+        """blake3 of tensors in the engine's memory, by checkpoint name, in the engine's dtype.
+
+        Tensors that no worker holds as a whole, and all of a model that takes no patches, are left out.
+        Copies that differ damage the engine: raises `EngineError`.
+        """
+        async with self._update_lock:
+            self._require_healthy()
+            try:
+                answers = await self._beside("aspo_digests", list(names))
+            except Exception as error:
+                await self._suspend(f"weights {self._version} cannot be read back: {one_line(error)}")
+                raise EngineError(self.failure) from error
+        found = {name: {answer[name] for answer in answers} - {None} for name in names}
+        for name, digests in found.items():
+            if len(digests) > 1:
+                await self.condemn(f"workers hold different {name}")
+                raise EngineError(self.failure)
+        return {name: digests.pop() for name, digests in found.items() if digests}
+
+    async def condemn(self, reason: str) -> None:
+        """Damage the engine: drop every request and stand still until a complete update."""
+        async with self._update_lock:
+            self._require_healthy()
+            await self._suspend(reason)
 
     async def close(self) -> None:
         """Stop the engine's process; requests still running raise `EngineError`."""
@@ -224,45 +309,102 @@ class RolloutEngine:
             self._client.output_handler.cancel()
         await asyncio.to_thread(self._client.shutdown, _SHUTDOWN_S)
 
-    async def _check(self, names: list[str], version: str) -> None:
+    @contextlib.contextmanager
+    def _checking(self, version: str) -> Iterator[None]:
+        """Have the engine given up when it fails before the weights are touched."""
         try:
-            async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                reasons = await self._client.collective_rpc("aspo_check_weights", args=(names,))
+            yield
+        except WeightsRefusedError:
+            raise
         except Exception as error:
-            await self._give_up(f"weights {version} could not be checked: {_one_line(error)}")
+            self._failure = f"weights {version} could not be checked: {one_line(error)}"
             raise EngineError(self._failure) from error
-        for reason in filter(None, reasons):
-            raise WeightsRefusedError(f"weights {version} refused: {reason}")
+
+    async def _beside(self, call: str, argument: Any) -> list[Any]:
+        """Have every worker do something beside the sampling, and return their answers."""
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            await self._client.collective_rpc("aspo_begin", args=(call, argument))
+            while True:
+                answers = await self._client.collective_rpc("aspo_answer")
+                if all(done for done, _ in answers):
+                    return [answer for _, answer in answers]
+                await asyncio.sleep(_POLL_S)
+
+    async def _replace(self, update: dict[str, Any], version: str, began: float) -> UpdateTimings:
+        checked = time.perf_counter()
+        async with self._probation(version):
+            paused, applied = await self._write(update, version)
+            await self._probe(_PROBE_TIMEOUT_S)
+        return UpdateTimings(
+            check_s=checked - began,
+            pause_s=paused - checked,
+            apply_s=applied - paused,
+            probe_s=time.perf_counter() - applied,
+        )
 
     @contextlib.asynccontextmanager
     async def _probation(self, version: str) -> AsyncIterator[None]:
-        """Hold completions back until the new weights have proved themselves; on an exception give up."""
+        """Hold completions back until the new weights have proved themselves; on an exception stand still."""
+        proven, self._exposed = self._version, False
         self._trusted.clear()
         try:
             async with asyncio.timeout(_UPDATE_TIMEOUT_S):
                 yield
+        except Exception as error:
+            self._version = proven
+            await self._suspend(f"weights {version} failed: {one_line(error)}", drop=self._exposed)
+            raise EngineError(self.failure) from error
         except BaseException as error:
-            await self._give_up(f"weights {version} failed: {_one_line(error)}")
-            if isinstance(error, Exception):
-                raise EngineError(self._failure) from error
+            await self._give_up(f"weights {version} failed: {one_line(error)}")
             raise
-        finally:
-            self._trusted.set()
+        self._damage = None
+        self._trusted.set()
 
-    async def _write(self, names: list[str], version: str) -> tuple[float, float]:
+    async def _write(self, update: dict[str, Any], version: str) -> tuple[float, float]:
         """Pause, write, label, resume; returns the moments at which sampling stood and could go on."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-
-        # Running requests keep their keys and values; the salt keeps new ones from old prefix blocks.
-        await self._client.pause_generation(mode="keep", clear_cache=False)
+        await self._pause()
         paused = time.perf_counter()
         self._updates += 1
-        await self._client.start_weight_update()
-        await self._client.update_weights(WeightTransferUpdateRequest(update_info={"files": names}))
-        await self._client.finish_weight_update(version)
-        self._version = version
+        await self._client.collective_rpc("aspo_update", args=(update,))
+        await self._client.update_weight_version(version)
+        self._version, self._exposed = version, True
         await self._client.resume_generation()
         return paused, time.perf_counter()
+
+    async def _pause(self) -> None:
+        # Running requests keep their keys and values; the salt keeps new ones from old prefix blocks.
+        # `pause_generation` would sleep 20 ms for the sake of the order in which its caller sees outputs.
+        await self._client.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+
+    async def _suspend(self, reason: str, *, drop: bool = True) -> None:
+        """Stand still until a complete update, or give up if vLLM does not answer."""
+        self._damage = reason
+        self._trusted.clear()
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                await self._pause()
+        except Exception as error:
+            await self._give_up(f"{reason}; and vLLM does not answer: {one_line(error)}")
+            return
+        # New requests must not find prefix blocks of the weights that failed.
+        self._updates += 1
+        if drop:
+            await self._drop()
+
+    async def _drop(self) -> None:
+        """Have every request that runs, or is held back, raise `EngineError`."""
+        self._era += 1
+        # A pulse: it wakes those that wait, who look at the era.
+        self._trusted.set()
+        self._trusted.clear()
+        with contextlib.suppress(Exception):
+            await self._client.abort(list(self._running))
+
+    async def _distrust(self, reason: str, updates: int) -> None:
+        """Damage the engine, unless an update has replaced the weights meanwhile."""
+        async with self._update_lock:
+            if self._updates == updates and self.healthy:
+                await self._suspend(reason)
 
     async def _probe(self, timeout_s: float) -> None:
         try:
@@ -270,7 +412,7 @@ class RolloutEngine:
                 if sum(self._running.values()) >= self._max_num_seqs:
                     await self._client.get_weight_version()
                     return
-                output = await self._generate(self._probe_prompt(), _sampling_params(1, 1, 1.0, None))
+                output = await self._generate(self._probe_prompt(), sampling_params(1, 1, 1.0, None))
                 self._completion(output.outputs[0])
         except TimeoutError:
             raise EngineError(f"vLLM generated no token within {timeout_s:g} s; restart the actor") from None
@@ -285,12 +427,24 @@ class RolloutEngine:
         length = min(_PROBE_LENGTH, self._max_model_len - 2)
         return [index % self._vocab_size for index in range(length)]
 
+    async def _draw(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
+        """Run one request, and hold back what it gives until the weights that run are trusted."""
+        self._require_healthy()
+        era = self._era
+        output = await self._generate(prompt_ids, params)
+        if era == self._era:
+            await self._trusted.wait()
+        if era != self._era:
+            raise EngineError(self.failure or "the weights that drew this were dropped")
+        if not self._alive:
+            raise EngineError(self.failure)
+        return output
+
     async def _generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
         """Run one request to its end and return vLLM's `RequestOutput`."""
         from vllm.exceptions import VLLMClientError
         from vllm.inputs.engine import tokens_input
 
-        self._require_healthy()
         request_id = str(next(self._ids))
         # Block hashes carry no weight version: the salt does, by count, for a rollback repeats labels.
         salt = f"{self._updates}:{self._version}"
@@ -300,20 +454,19 @@ class RolloutEngine:
             async for output in self._client.generate(prompt, params, request_id):
                 final = output
         except VLLMClientError as error:
-            raise ConfigError(f"vLLM refuses the request: {_one_line(error)}") from error
+            raise ConfigError(f"vLLM refuses the request: {one_line(error)}") from error
         except Exception as error:
-            raise EngineError(self._failure or f"vLLM failed: {_one_line(error)}") from error
+            raise EngineError(self._failure or self._damage or f"vLLM failed: {one_line(error)}") from error
         finally:
             del self._running[request_id]
         if any(sample.finish_reason not in ("stop", "length") for sample in final.outputs):
-            raise EngineError(self._failure or "vLLM stopped the request before its end")
+            raise EngineError(self._failure or self._damage or "vLLM stopped the request before its end")
         return final
 
     def _completion(self, sample: Any) -> Completion:
         logprobs = np.asarray(sample.logprobs.logprobs, dtype=np.float32)
         if not np.isfinite(logprobs).all():
-            self._failure = f"weights {self._version} give log-probs that are not finite"
-            raise EngineError(self._failure)
+            raise _NotFiniteError(f"weights {self._version} give log-probs that are not finite")
         return Completion(
             token_ids=np.asarray(sample.token_ids, dtype=np.int32),
             logprobs=logprobs,
@@ -324,171 +477,18 @@ class RolloutEngine:
             ),
         )
 
-    def _validate(self, token_ids: Sequence[int], max_tokens: int, temperature: float) -> None:
-        if not token_ids:
-            raise ConfigError("the prompt is empty")
-        if min(token_ids) < 0 or max(token_ids) >= self._vocab_size:
-            raise ConfigError(
-                f"the prompt has token ids outside the model's vocabulary of {self._vocab_size}"
-            )
-        if len(token_ids) + max_tokens > self._max_model_len:
-            raise ConfigError(
-                f"a prompt of {len(token_ids)} tokens and max_tokens {max_tokens} exceed the context of "
-                f"{self._max_model_len}; raise actor.engine.max_model_len or shorten them"
-            )
-        if temperature != 0 and not 0.01 <= temperature <= 2.0:
-            raise ConfigError(
-                f"temperature {temperature} is not 0 or within 0.01 .. 2, all that vLLM samples at"
-            )
-
     def _require_healthy(self) -> None:
-        if self.healthy:
-            return
-        raise EngineError(self._failure or ("the engine is closed" if self._closed else "vLLM's engine died"))
+        if not self.healthy:
+            raise EngineError(self.failure)
 
     async def _give_up(self, reason: str) -> None:
         """Mark the engine unhealthy for good and release every waiting request."""
         self._failure = reason
+        self._trusted.set()
         with contextlib.suppress(Exception):
             await self._client.abort(list(self._running))
 
 
-def _import_vllm() -> None:
-    """Import vLLM, quiet unless its own variables say otherwise; takes some 9 s.
-
-    A call of its own, for vLLM keeps tracebacks from its imports, and with them its importer's locals.
-    """
-    for name in ("VLLM_NO_USAGE_STATS", "HF_HUB_OFFLINE"):
-        os.environ.setdefault(name, "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    importlib.import_module("vllm.v1.engine.async_llm")
-
-
-def _start_client(folder: Path, dtype: str, settings: EngineConfig, seed: int) -> AsyncLLM:
-    """Bring an engine up in a process of its own; takes some 7 s and the time to read the model."""
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    on_cpu = current_platform.is_cpu()
-    variables = {"_ASPO_ACTOR_PID": str(os.getpid())} | {
-        name: os.environ.get(name, quiet)
-        for name, quiet in {"PYTHONWARNINGS": "ignore", "TORCH_CPP_LOG_LEVEL": "ERROR"}.items()
-    }
-    arguments = _engine_arguments(folder, dtype, settings, seed, on_cpu)
-    try:
-        config = arguments.create_engine_config()
-    except ValueError as error:
-        raise ConfigError(f"vLLM refuses the settings: {_one_line(error)}") from None
-    try:
-        if on_cpu:
-            variables |= _cpu_environment(settings.cpu_threads, arguments.enforce_eager)
-        with _environment(variables):
-            return AsyncLLM.from_vllm_config(config, disable_log_stats=arguments.disable_log_stats)
-    except Exception as error:
-        raise EngineError(f"vLLM did not start: {_one_line(error)}") from error
-
-
-def _engine_arguments(folder: Path, dtype: str, settings: EngineConfig, seed: int, on_cpu: bool) -> Any:
-    from vllm.config import WeightTransferConfig
-    from vllm.engine.arg_utils import AsyncEngineArgs
-
-    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
-    own: dict[str, Any] = {
-        "model": str(folder),
-        "tokenizer": None,
-        "skip_tokenizer_init": False,
-        "trust_remote_code": False,
-        "dtype": dtype,
-        "seed": seed,
-        "max_model_len": settings.max_model_len,
-        "max_num_seqs": settings.max_num_seqs,
-        "tensor_parallel_size": settings.tensor_parallel_size,
-        "data_parallel_size": settings.data_parallel_size,
-        "gpu_memory_utilization": settings.gpu_memory_utilization,
-        "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": _EXTENSION,
-        "weight_transfer_config": WeightTransferConfig(backend=_BACKEND),
-    }
-    if on_cpu:
-        # Split between steps, the prompt of a request with a seed kills vLLM's CPU runner.
-        own["enable_chunked_prefill"] = False
-    for name in settings.extra:
-        if name in own:
-            raise ConfigError(f"actor.engine.extra may not set '{name}'; the actor sets it")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise ConfigError(f"actor.engine.extra: vLLM has no argument '{name}'{hint}")
-    defaults: dict[str, Any] = {"disable_log_stats": True, "use_tqdm_on_load": False}
-    if on_cpu:
-        defaults |= _cpu_defaults(settings)
-    return AsyncEngineArgs(**(defaults | settings.extra | own))
-
-
-def _cpu_defaults(settings: EngineConfig) -> dict[str, Any]:
-    from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-    defaults: dict[str, Any] = {
-        "enforce_eager": True,
-        "kv_cache_memory_bytes": int(settings.cpu_kv_cache_gib * 2**30),
-    }
-    if settings.tensor_parallel_size == settings.extra.get("pipeline_parallel_size", 1) == 1:
-        # vLLM would put a lone CPU worker in a third process; in the engine's own it decodes a third faster.
-        defaults["distributed_executor_backend"] = UniProcExecutor
-    return defaults
-
-
-def _cpu_environment(threads: str, eager: bool) -> dict[str, str]:
-    """Variables for the engine's process: threads and, when eager, no compiler (4 s for one small kernel)."""
-    variables = {"VLLM_CPU_OMP_THREADS_BIND": threads} | ({"TORCHDYNAMO_DISABLE": "1"} if eager else {})
-    if threads == "auto":
-        # Unpinned, for engines that share a host would all be pinned to the same cores.
-        cores = len(os.sched_getaffinity(0))
-        variables |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        variables |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, cores - 1)))}
-    return variables
-
-
-@contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started within."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
-def _sampling_params(n: int, max_tokens: int, temperature: float, seed: int | None) -> SamplingParams:
-    return _params(n=n, max_tokens=max_tokens, temperature=temperature, seed=_spread(seed), logprobs=0)
-
-
-def _params(**kwargs: Any) -> SamplingParams:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        **kwargs,
-        top_p=1.0,
-        top_k=0,
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-def _spread(seed: int | None) -> int | None:
-    """Scatter seeds: vLLM gives sample i of a group seed + i, so neighbouring seeds would share samples."""
-    if seed is None:
-        return None
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(2))
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 400 else f"{text[:400]}..."
+def _refuse(version: str, reasons: Sequence[str | None]) -> None:
+    for reason in filter(None, reasons):
+        raise WeightsRefusedError(f"weights {version} refused: {reason}")

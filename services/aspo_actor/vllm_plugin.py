@@ -3,32 +3,40 @@
 It needs no fork of vLLM: named as worker extension, this module registers the backend as a worker imports it.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "aspo"}' \\
-        --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension
+        --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension    # on a CPU: --enforce-eager
+    POST /pause?mode=keep&clear_cache=false
     POST /start_weight_update   {}
-    POST /update_weights        {"update_info": {"files": ["/path/model.safetensors"]}}
+    POST /update_weights        {"update_info": {"files": ["/path/model.safetensors"]}}    # complete, or
+    POST /update_weights        {"update_info": {"patch": "/path/patch.safetensors"}}      # see `patch`
     POST /finish_weight_update  {"weight_version": "demo/1/42"}
+    POST /resume
 
 An update is complete or refused: names, shapes and dtypes are held against the checkpoint that the engine
-started from before the model is touched, and after the load every parameter must have been written. All work
-happens in `/update_weights`, so that a refused update leaves the old weights in service. A second kind of
-update, such as a sparse delta, would be another field of `AspoUpdateInfo` and a branch of `receive_weights`.
+started from before the model is touched, and after the write every parameter must have been loaded, or every
+patched element read back. All work happens in `/update_weights`, so that a refused update leaves the old
+weights in service; after one that fails while it writes only a complete one is taken.
+
+Patches need to know where each checkpoint tensor lies. That is learnt at the start by loading the checkpoint
+a second time and watching, and proved by comparing every element; a model that does more than copy its
+weights into place takes complete updates only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from blake3 import blake3
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -36,22 +44,20 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from aspo_actor.checkpoint import (
+    WeightMismatchError,
+    checkpoint_files,
+    compare_specs,
+    dtype_name,
+    read_specs,
+    read_tensors,
+)
+from aspo_actor.patch import read_patch
+from aspo_actor.placement import Copy, LoadRecorder, Placement, Write
+from aspo_actor.runtime import make_packed, place, repack_heads, why_unplaceable
+
 BACKEND = "aspo"
 EXTENSION = f"{__name__}.AspoWorkerExtension"
-
-_INDEX = "model.safetensors.index.json"
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-class WeightMismatchError(ValueError):
-    """An update that is not a complete set of this model's tensors; the model was not touched."""
-
-
-class TensorSpec(NamedTuple):
-    """Shape, and dtype as safetensors spells it, of one tensor."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass
@@ -61,13 +67,14 @@ class AspoInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
 
 @dataclass
 class AspoUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """Paths of the safetensors files that together hold every tensor, under checkpoint names."""
+    """Either `files` that together hold every tensor, under checkpoint names, or a `patch` to what serves."""
 
-    files: list[str]
+    files: list[str] | None = None
+    patch: str | None = None
 
 
 class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo]):  # type: ignore[misc]
-    """Loads complete checkpoints from local files into a running model, on CPU and GPU, sharded or not."""
+    """Brings checkpoints and patches from local files into a running model, sharded or not."""
 
     init_info_cls = AspoInitInfo
     update_info_cls = AspoUpdateInfo
@@ -75,8 +82,18 @@ class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._reference = read_specs(checkpoint_files(Path(self.model_config.model)))
+        files = checkpoint_files(Path(self.model_config.model))
+        self._reference = read_specs(files)
         self._written = False
+        # False from the first element written to the proof of the last.
+        self._whole = True
+        self._staged: tuple[tuple[Any, ...], list[Write]] | None = None
+        self._copies: Mapping[str, Iterable[Copy]] = {}
+        self._placements: dict[str, Placement] = {}
+        with set_current_vllm_config(self.vllm_config):
+            self.unpatchable = why_unplaceable(self.model, self.vllm_config, self.device)
+            if self.unpatchable is None:
+                self.unpatchable = self._learn([str(file) for file in files])
 
     def init_transfer_engine(self, init_info: AspoInitInfo) -> None:
         """Nothing to set up."""
@@ -91,30 +108,45 @@ class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo
         compare_specs(
             self._reference,
             read_specs(Path(file) for file in files),
-            engine_dtype=_SAFETENSORS_DTYPES.get(self.model_config.dtype, str(self.model_config.dtype)),
+            engine_dtype=dtype_name(self.model_config.dtype),
             optional=optional,
         )
 
-    def receive_weights(self, update_info: AspoUpdateInfo) -> None:
-        """Check, then load through vLLM's layerwise reload, which keeps the addresses CUDA graphs captured.
+    def stage(self, patch: str) -> None:
+        """Read and check a patch and find its elements, so that only the write is left to `receive_weights`.
 
-        Raises `WeightMismatchError` with the model untouched, `RuntimeError` when it is no longer whole.
+        Raises `WeightMismatchError`; the model is not touched.
         """
-        from vllm.model_executor.model_loader.reload import (
-            finalize_layerwise_reload,
-            initialize_layerwise_reload,
-        )
+        if self.unpatchable is not None:
+            raise WeightMismatchError(f"this engine takes no patches: {self.unpatchable}")
+        identity = _identity(patch)
+        changes = read_patch(Path(patch), self._reference, dtype_name(self.model_config.dtype))
+        writes = [write for name, change in changes.items() for write in self._placements[name].stage(change)]
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        self._staged = identity, writes
 
-        self.check(update_info.files)
-        initialize_layerwise_reload(self.model)
-        loaded = self.model.load_weights(read_tensors(update_info.files))
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            repack_heads(self.model)
-        missing = {name for name, _ in self.model.named_parameters()} - set(loaded)
-        if missing:
-            raise RuntimeError(f"{len(missing)} parameters were not loaded, among them {min(missing)}")
-        self._written = True
+    def digests(self, names: Sequence[str]) -> dict[str, str | None]:
+        """blake3 of tensors as they lie in memory, in the engine's dtype; None for those not here as a whole.
+
+        Raises `RuntimeError` when the copies of a tensor differ.
+        """
+        return {name: self._digest(name) for name in names}
+
+    def receive_weights(self, update_info: AspoUpdateInfo) -> None:
+        """Check, then write: complete files by vLLM's layerwise reload, patches where their elements lie.
+
+        Both keep the addresses that CUDA graphs captured. Raises `WeightMismatchError` with the model
+        untouched, another exception when it is no longer whole.
+        """
+        files, patch = update_info.files, update_info.patch
+        if (files is None) == (patch is None):
+            raise WeightMismatchError("an update is either files or a patch")
+        if patch is not None:
+            self._receive_patch(patch)
+        elif files is not None:
+            self._receive_files(files)
+        self._whole = self._written = True
 
     def finish_weight_update(self) -> None:
         """Close the update; raises `RuntimeError` when no weights were given, lest a version label lie."""
@@ -124,6 +156,79 @@ class AspoWeightTransferEngine(WeightTransferEngine[AspoInitInfo, AspoUpdateInfo
 
     def shutdown(self) -> None:
         """Nothing to release."""
+
+    def _receive_files(self, files: list[str]) -> None:
+        self.check(files)
+        # Packed weights move.
+        self._staged, self._placements, self._whole = None, {}, False
+        self._reload(files)
+        if self.unpatchable is None:
+            self._placements = place(self.model, self._reference, self._copies)
+
+    def _receive_patch(self, patch: str) -> None:
+        if not self._whole:
+            raise RuntimeError("the last update failed midway: the next must be complete")
+        if self._staged is None or self._staged[0] != _identity(patch):
+            self.stage(patch)
+        assert self._staged is not None
+        (_, writes), self._staged = self._staged, None
+        self._whole = False
+        for write in writes:
+            write.land()
+            if not write.landed():
+                raise RuntimeError("patched weights do not read back as written")
+
+    def _reload(self, files: Iterable[str], recorder: LoadRecorder | None = None) -> None:
+        from vllm.model_executor.model_loader.reload import (
+            finalize_layerwise_reload,
+            initialize_layerwise_reload,
+        )
+
+        tensors = read_tensors(files)
+        initialize_layerwise_reload(self.model)
+        if recorder is not None:
+            recorder.add_parameters(self.model)
+            tensors = recorder.watched(tensors)
+        try:
+            with recorder or contextlib.nullcontext():
+                loaded = self.model.load_weights(tensors)
+                finalize_layerwise_reload(self.model, self.model_config)
+        except BaseException:
+            # Ends the reload, the model half loaded, so that another can begin.
+            with contextlib.suppress(Exception):
+                finalize_layerwise_reload(self.model, self.model_config)
+            raise
+        if self.device.type == "cpu":
+            repack_heads(self.model)
+        missing = {name for name, _ in self.model.named_parameters()} - set(loaded)
+        if missing:
+            raise RuntimeError(f"{len(missing)} parameters were not loaded, among them {min(missing)}")
+
+    def _learn(self, files: list[str]) -> str | None:
+        """Load the checkpoint again, watched, and prove what was seen; returns why it cannot be relied on."""
+        if self.device.type == "cpu":
+            make_packed(self.model)
+        recorder = LoadRecorder(self.model)
+        self._reload(files, recorder)
+        for name, how in recorder.opaque.items():
+            return f"{name} is not copied into place but goes through {how}"
+        self._copies = recorder.copies
+        try:
+            self._placements = place(self.model, self._reference, self._copies)
+        except ValueError as error:
+            return str(error)
+        for name, tensor in read_tensors(files):
+            if not self._placements[name].matches(tensor):
+                return f"{name} is not in memory as it is in the checkpoint"
+        return None
+
+    def _digest(self, name: str) -> str | None:
+        placement = self._placements.get(name)
+        tensor = placement.gather() if placement else None
+        if tensor is None:
+            return None
+        raw = tensor.reshape(-1).view(torch.uint8).numpy()
+        return blake3(raw.data, max_threads=blake3.AUTO).hexdigest()
 
 
 class AspoWorkerExtension:
@@ -139,83 +244,66 @@ class AspoWorkerExtension:
             return str(error)
         return None
 
+    def aspo_unpatchable(self) -> str | None:
+        """Say why this model takes no patches, or None."""
+        return self.weight_transfer_engine.unpatchable
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, as its index lists them; raises `ValueError` if none."""
-    index = folder / _INDEX
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    single = folder / "model.safetensors"
-    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no .safetensors files, against which weight updates are checked")
-    return files
-
-
-def read_specs(files: Iterable[Path]) -> dict[str, TensorSpec]:
-    """Shapes and dtypes by name, from headers; `WeightMismatchError` for a bad file or a name twice."""
-    specs: dict[str, TensorSpec] = {}
-    for file in files:
+    def aspo_stage_patch(self, patch: str) -> str | None:
+        """Check a patch and make it ready to write; say why it cannot be, or None."""
         try:
-            with safe_open(file, framework="pt") as opened:
-                found = {name: _spec(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise WeightMismatchError(f"{file} cannot be read as safetensors: {error}") from None
-        twice = specs.keys() & found.keys()
-        if twice:
-            raise WeightMismatchError(f"tensor {min(twice)} is in two files, {file} among them")
-        specs |= found
-    return specs
+            self.weight_transfer_engine.stage(patch)
+        except WeightMismatchError as error:
+            return str(error)
+        return None
+
+    def aspo_digests(self, names: list[str]) -> dict[str, str | None]:
+        """Digests of whole tensors in memory, None for each that this worker does not hold."""
+        return self.weight_transfer_engine.digests(names)
+
+    def aspo_begin(self, call: str, argument: Any) -> None:
+        """Have `aspo_stage_patch` or `aspo_digests` run beside the sampling; no update may come before."""
+        if call not in ("aspo_stage_patch", "aspo_digests"):
+            raise ValueError(f"{call} cannot run beside the sampling")
+        _job.start(getattr(self, call), argument)
+
+    def aspo_answer(self) -> list[Any]:
+        """Whether what was begun is done, and then what it returned; raises what it raised."""
+        return _job.answer()
+
+    def aspo_update(self, update_info: dict[str, Any]) -> None:
+        """One whole update; vLLM's three calls in one, for sampling stands still meanwhile."""
+        worker: Any = self
+        worker.start_weight_update()
+        worker.update_weights(update_info)
+        worker.finish_weight_update()
 
 
-def read_tensors(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every tensor of `files` under its checkpoint name, memory-mapped."""
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+class _Job:
+    """One call at a time in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "aspo-job")
+        self._future: Future[Any] | None = None
+
+    def start(self, call: Any, argument: Any) -> None:
+        self._future = self._thread.submit(call, argument)
+
+    def answer(self) -> list[Any]:
+        if self._future is None:
+            raise RuntimeError("nothing was begun")
+        return [True, self._future.result()] if self._future.done() else [False, None]
 
 
-def compare_specs(
-    reference: Mapping[str, TensorSpec],
-    update: Mapping[str, TensorSpec],
-    *,
-    engine_dtype: str,
-    optional: set[str],
-) -> None:
-    """Raise `WeightMismatchError` unless `update` has the names and shapes of `reference`.
-
-    A dtype may be the engine's or the reference's; names in `optional` (a tied head, which some checkpoints
-    repeat) may be absent from either side.
-    """
-    missing = reference.keys() - update.keys() - optional
-    if missing:
-        raise WeightMismatchError(f"{len(missing)} tensors are missing, among them {min(missing)}")
-    unknown = update.keys() - reference.keys() - optional
-    if unknown:
-        raise WeightMismatchError(
-            f"{len(unknown)} tensors are unknown to the model, among them {min(unknown)}"
-        )
-    for name in update.keys() & reference.keys():
-        got, want = update[name], reference[name]
-        if got.shape != want.shape:
-            raise WeightMismatchError(f"{name} has shape {list(got.shape)}; the model has {list(want.shape)}")
-        if got.dtype not in (engine_dtype, want.dtype):
-            raise WeightMismatchError(f"{name} has dtype {got.dtype}; the engine runs in {engine_dtype}")
+_job = _Job()
 
 
-def repack_heads(model: torch.nn.Module) -> None:
-    """Pack the output head anew: on a CPU it is a packed copy, which a reload of a tied head leaves old."""
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
-            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
-
-
-def _spec(view: Any) -> TensorSpec:
-    return TensorSpec(tuple(view.get_shape()), view.get_dtype())
+def _identity(file: str) -> tuple[Any, ...]:
+    """What tells one content of a file from another without reading it; raises `WeightMismatchError`."""
+    try:
+        stat = os.stat(file)
+    except OSError as error:
+        raise WeightMismatchError(f"{file} cannot be read: {error.strerror}") from None
+    return file, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _is_tied(model_config: Any) -> bool:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 import redis
@@ -16,7 +16,7 @@ from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
-from aspo_actor.engine import Completion, RolloutEngine
+from aspo_actor.engine import Completion, EngineError, RolloutEngine
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync
 
@@ -51,6 +51,7 @@ class Worker:
         self._sampled: deque[tuple[float, int]] = deque()
         self.groups = 0
         self.tokens = 0
+        self.on_group: Callable[[RolloutGroup], Awaitable[None]] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -96,6 +97,9 @@ class Worker:
         room = math.ceil(self._free_places / self._group_size)
         if room <= 0:
             return
+        if not self._engine.healthy:
+            await asyncio.sleep(_CLAIM_WAIT_MS / 1000)  # being repaired, or about to end the actor
+            return
         async with self._claiming:
             try:
                 claims = await asyncio.to_thread(
@@ -121,18 +125,26 @@ class Worker:
         task = claim.task
         if task.min_version is not None:
             await self._sync.wait_for(task.min_version)
-        completions = await self._engine.sample(
-            task.prompt_ids,
-            n=task.group_size,
-            max_tokens=task.max_tokens,
-            temperature=task.temperature,
-            seed=task.seed,
-        )
+        try:
+            completions = await self._engine.sample(
+                task.prompt_ids,
+                n=task.group_size,
+                max_tokens=task.max_tokens,
+                temperature=task.temperature,
+                seed=task.seed,
+            )
+        except EngineError:
+            if not self._engine.recoverable:
+                raise
+            await asyncio.to_thread(self._hand_back, [claim])
+            return
         self._count(completions)
         scores = await self._scorer.score([c.text for c in completions], task.reward_inputs)
-        payload = encode_group(assemble(task, self._actor, completions, scores))
-        await self._store(claim, payload)
+        group = assemble(task, self._actor, completions, scores)
+        await self._store(claim, encode_group(group))
         self.groups += 1
+        if self.on_group is not None:
+            await self.on_group(group)
 
     async def _store(self, claim: Claim, payload: bytes) -> None:
         """Store the rollout, then finish the task; waits for Redis as long as it takes."""

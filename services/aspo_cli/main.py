@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from aspo.errors import AspoError
+from aspo_cli import weights
+from aspo_cli.options import DEFAULT_LEARNER, ConfigPath, Json, LearnerUrl, Overrides, Token
 
 INTERRUPTED = 130
 app = typer.Typer(
@@ -19,16 +21,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a part of the service failed, 2 something to mend in what was asked.",
 )
 
-ConfigPath = Annotated[Path, typer.Option("--config", "-c", help="TOML file of the run.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Override a setting: section.key=value; may be repeated."),
-]
-LearnerUrl = Annotated[str, typer.Option("--learner", help="URL of the learner.")]
-Token = Annotated[
-    str | None, typer.Option("--token", envvar="ASPO_TOKEN", help="Bearer token, if the learner asks.")
-]
-DEFAULT_LEARNER = "http://127.0.0.1:8000"
+app.add_typer(weights.app, name="weights")
 
 
 @app.command()
@@ -63,13 +56,28 @@ def actor(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def relay(
+    folder: Annotated[Path, typer.Argument(help="Where the relay keeps the weights it serves.")],
+    learner: LearnerUrl = DEFAULT_LEARNER,
+    host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to serve on; 0 picks a free one.")] = 8002,
+    advertise: Annotated[str | None, typer.Option(help="URL by which actors reach this relay.")] = None,
+    token: Token = None,
+) -> None:
+    """Re-serve a learner's weights, verified; actors name the relay as their actor.learner_url."""
+    from aspo_cli.services import run_relay
+
+    run_relay(folder, learner, token, host, port, advertise)
+
+
+@app.command()
 def status(
     learner: LearnerUrl = DEFAULT_LEARNER,
     token: Token = None,
     watch: Annotated[
         bool, typer.Option("--watch/--once", help="Refresh until Ctrl-C.")
     ] = sys.stdout.isatty(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the learner's status as JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Show what a learner and its actors are doing."""
     from aspo_cli.status import show_status
@@ -85,15 +93,15 @@ def export(
     token: Token = None,
 ) -> None:
     """Download a published version as a folder that from_pretrained and vLLM load."""
-    from aspo_cli.export import export_version
+    from aspo_cli.pull import pull_version
 
-    typer.echo(export_version(learner, token, version, folder))
+    typer.echo(pull_version(learner, token, version, folder))
 
 
 @app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="A file of the bench folder, such as actor.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Run a benchmark; each prints ratios to a peer or a limit measured in the same run."""
     from aspo_cli.bench import run_bench

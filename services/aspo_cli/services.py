@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import redis
+from pydantic import SecretStr
 
-from aspo.config import load_config
+from aspo.config import AuthConfig, load_config
 from aspo.queue import QueueError
 from aspo.telemetry import setup_logging
 
@@ -55,3 +56,15 @@ def run_actor(path: Path, overrides: list[str]) -> None:
         await Actor(config).run()
 
     asyncio.run(main())
+
+
+def run_relay(
+    folder: Path, learner: str, token: str | None, host: str, port: int, advertise: str | None
+) -> None:
+    """Re-serve weights until told to stop; the token is the one for the learner and the one it asks for."""
+    setup_logging()
+    from aspo.weights.relay import Relay
+
+    auth = AuthConfig(actor_token=SecretStr(token) if token else None)
+    relay = Relay(learner, folder, auth, host=host, port=port, advertise_url=advertise)
+    asyncio.run(relay.run())

@@ -5,15 +5,18 @@ from __future__ import annotations
 import threading
 from typing import Protocol
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import BaseModel
 
 from aspo.config import AuthConfig
-from aspo.http import Scope, create_app, require
+from aspo.http import ApiError, Scope, create_app, require
 from aspo.presence import ActorStatus
+from aspo.schemas import PolicyVersion
 from aspo.telemetry import Gauges
-from aspo.weights.server import weight_routes
+from aspo.weights.leases import Leases
+from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
+from aspo_learner.releases import Releases, TrialReport
 
 
 class LearnerStatus(BaseModel):
@@ -22,6 +25,8 @@ class LearnerStatus(BaseModel):
     run: str
     phase: str
     version: str | None
+    live: str | None = None
+    held: bool = False
     step: int
     steps: int
     accuracy_before: float | None = None
@@ -44,6 +49,7 @@ class Controls:
         self.running.set()
         self.checkpoint = threading.Event()
         self.stop = threading.Event()
+        self.continue_from: PolicyVersion | None = None
 
 
 class Acknowledgement(BaseModel):
@@ -56,16 +62,28 @@ class Observed(Protocol):
     """What the app needs of the learner it speaks for; called from the HTTP thread."""
 
     controls: Controls
+    releases: Releases
 
     def status(self) -> LearnerStatus: ...
 
     def not_ready(self) -> str | None: ...
 
 
-def build_app(learner: Observed, store: WeightStore, gauges: Gauges, auth: AuthConfig) -> FastAPI:
+class Rollback(BaseModel):
+    """Which version to go back to, and whether the learner, too, is to continue from it."""
+
+    version: str
+    continue_training: bool = False
+
+
+def build_app(
+    learner: Observed, store: WeightStore, leases: Leases, gauges: Gauges, auth: AuthConfig
+) -> FastAPI:
     """Make the learner's app."""
     app = create_app("learner", auth=auth, ready=learner.not_ready, registry=gauges.registry)
-    app.include_router(weight_routes(store))
+    app.include_router(_release_routes(learner, store))
+    app.include_router(weight_routes(store, leases))
+    app.include_router(blob_routes(store.blobs))
     operator = [require(Scope.OPERATOR)]
 
     @app.get("/v1/status", dependencies=[require(Scope.READER)], tags=["status"])
@@ -92,3 +110,50 @@ def build_app(learner: Observed, store: WeightStore, gauges: Gauges, auth: AuthC
         return Acknowledgement(state="requested")
 
     return app
+
+
+def _release_routes(learner: Observed, store: WeightStore) -> APIRouter:
+    """Make the routes that decide what is live."""
+    router = APIRouter(tags=["weights"])
+    operator = [require(Scope.OPERATOR)]
+
+    @router.post("/v1/weights/rollback", dependencies=operator)
+    def roll_back(body: Rollback) -> Acknowledgement:
+        """Make an older version live and hold back later ones until one is promoted."""
+        version = _kept(store, body.version)
+        store.roll_back(version)
+        if body.continue_training:
+            learner.controls.continue_from = version
+            return Acknowledgement(state=f"{version} is live; the learner continues from it after this step")
+        return Acknowledgement(state=f"{version} is live; later versions wait for a promotion")
+
+    @router.post("/v1/weights/snapshot", dependencies=operator)
+    def snapshot() -> Acknowledgement:
+        """Store the newest version whole as well, so that nobody has to come by deltas."""
+        transfer = store.snapshot()
+        if transfer is None:
+            raise ApiError(404, "no_version", "no version is published yet", "wait for the first")
+        return Acknowledgement(state=f"{transfer.version} has a snapshot of {transfer.size} bytes")
+
+    @router.post("/v1/weights/{version:path}/promote", dependencies=operator)
+    def promote(version: str) -> Acknowledgement:
+        """Make a version live, and let later ones follow."""
+        store.promote(_kept(store, version))
+        return Acknowledgement(state=f"{version} is live; later versions follow")
+
+    @router.post("/v1/weights/{version:path}/report", dependencies=[require(Scope.ACTOR)])
+    def report(version: str, body: TrialReport) -> Acknowledgement:
+        """Take a canary's report on a version that is on trial with it."""
+        return Acknowledgement(state=learner.releases.report(_kept(store, version), body))
+
+    return router
+
+
+def _kept(store: WeightStore, text: str) -> PolicyVersion:
+    try:
+        version = PolicyVersion.parse(text)
+    except ValueError as error:
+        raise ApiError(400, "bad_version", str(error), "see /v1/weights for those there are") from None
+    if store.manifest(version) is None:
+        raise ApiError(404, "no_version", f"no version {version} is kept", "see /v1/weights")
+    return version

@@ -7,6 +7,7 @@ The order is train -> durable checkpoint -> acknowledge; publishing may run ahea
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -24,6 +25,7 @@ from aspo.presence import ActorStatus, present
 from aspo.queue import RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
+from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, build_app
 from aspo_learner.batching import repetition, staleness_of
@@ -36,6 +38,7 @@ from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy, pick_device
 from aspo_learner.publisher import Publisher, next_epoch
+from aspo_learner.releases import Releases
 from aspo_learner.report import RunHistory
 from aspo_learner.trainer import Trainer
 
@@ -66,7 +69,14 @@ class Learner:
             )
         prompts, held_out = self._load_prompts()
         self.trainer = Trainer(self.policy, config)
-        self._store = WeightStore(config.run.path / "weights", keep=config.weights.keep)
+        self.leases = Leases()
+        self._store = WeightStore(
+            config.run.path / "weights",
+            keep=config.weights.keep,
+            snapshot_every=config.weights.snapshot_every,
+            leased=self.leases.versions,
+        )
+        self.releases = Releases(self._store, self.leases, config.canary)
         self._checkpoints = Checkpoints(config.run.path / "checkpoints", keep=config.learner.keep_checkpoints)
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history = RunHistory(config)
@@ -75,15 +85,16 @@ class Learner:
         claim_run(self._redis, config.run.name, config.run.path)
         self._ledger, cursor = self._restore()
         epoch = next_epoch(self._redis, config.run.name, self._store)
-        self._publisher = Publisher(self._store, self.policy, config.run.name, epoch)
+        self._publisher = self._new_publisher(epoch)
         self._connect_queues(prompts, held_out, cursor, epoch)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
-        app = build_app(self, self._store, self._gauges, self.config.auth)
+        app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
         with Server(app, self._listener) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
             self._publish()
+            self._publisher.wait()
             while self._intake.pump(self._current, 0.0):
                 pass  # what a former learner left unacknowledged
             self._dispatcher.ask_again(self._intake.held)
@@ -99,11 +110,13 @@ class Learner:
 
     def status(self) -> LearnerStatus:
         """A snapshot for `/v1/status`; safe from any thread."""
-        latest, history = self._store.latest(), self._history
+        newest, live, history = self._store.newest(), self._store.live(), self._history
         return LearnerStatus(
             run=self.config.run.name,
             phase=self._phase,
-            version=str(latest) if latest else None,
+            version=str(newest) if newest else None,
+            live=str(live) if live else None,
+            held=self._store.held(),
             step=self.step,
             steps=self.config.learner.steps,
             accuracy_before=history.accuracy_before,
@@ -120,7 +133,7 @@ class Learner:
 
     def not_ready(self) -> str | None:
         """Why the learner cannot do its work now, None if it can."""
-        if self._store.latest() is None:
+        if self._store.live() is None:
             return "no version is published yet"
         return fault_of(self.config.redis.url)
 
@@ -201,6 +214,9 @@ class Learner:
 
     def _train_one_step(self) -> None:
         started = time.monotonic()
+        if self.controls.continue_from is not None:
+            version, self.controls.continue_from = self.controls.continue_from, None
+            self._continue_from(version)
         groups = self._wait_for_batch()
         if groups is None:
             return
@@ -211,7 +227,7 @@ class Learner:
         self.step += 1
         self._publish_if_due()
         self._dispatch()
-        metrics |= {
+        metrics |= self._publisher.metrics | {
             "wait_seconds": taken - started,
             "train_seconds": trained - taken,
             "publish_seconds": time.monotonic() - trained,
@@ -241,6 +257,7 @@ class Learner:
 
     def _listen(self) -> None:
         """Take in what arrives; after a long silence say so, and ask again for what may have been lost."""
+        self.releases.tick()
         if self._intake.pump(self._current, _POLL_S):
             self._heard = time.monotonic()
         elif time.monotonic() - self._heard > _SILENCE_S and self.controls.running.is_set():
@@ -260,11 +277,42 @@ class Learner:
             self._publish()
         due = self._evaluator is not None and self.step % self.config.eval.every == 0
         if due and self._evaluator is not None and not self._evaluator.running:
-            self._evaluator.start(str(self._store.latest()), self.config.eval.max_prompts)
+            self._evaluator.start(self._evaluable(), self.config.eval.max_prompts)
 
     def _publish(self) -> None:
         version = self._publisher.publish(self.step)
         self._history.weight_version = str(version)
+        self.releases.tick()
+
+    def _evaluable(self) -> str:
+        """The version that actors are to have at least when they evaluate: the one published last."""
+        live = self._store.live()
+        if live is not None and (self._store.held() or self.config.canary.enabled):
+            return str(live)  # the newest may never go live
+        return self._history.weight_version
+
+    def _await_release(self) -> None:
+        """Wait until the version just stored has passed its trial, if there is one."""
+        deadline = time.monotonic() + 2 * self.config.canary.timeout_s
+        while self.config.canary.enabled and not self._store.held() and time.monotonic() < deadline:
+            if str(self._store.live()) == self._history.weight_version:
+                return
+            self._listen()
+
+    def _new_publisher(self, epoch: int) -> Publisher:
+        return Publisher(self._store, self.policy, self.config.run.name, epoch, self.releases.stored)
+
+    def _continue_from(self, version: PolicyVersion) -> None:
+        """Take a version's weights up again, as an operator asked, under a new epoch and a new optimizer."""
+        self._publisher.close()
+        self.policy.load_published(self._store.state(version).tensors)
+        self.trainer.optimizer.state.clear()
+        self._intake.limits = dataclasses.replace(self._intake.limits, branch=self.step)
+        self._publisher = self._new_publisher(next_epoch(self._redis, self.config.run.name, self._store))
+        self._store.promote(version)
+        self._publish()
+        self._checkpoint()
+        log.warning("step %d continues from the weights of %s", self.step, version)
 
     def _checkpoint(self) -> None:
         """Make all that has ended durable, then acknowledge it."""
@@ -286,7 +334,9 @@ class Learner:
             return None
         self._phase, self._heard = phase, time.monotonic()
         self._publish()
-        self._evaluator.start(str(self._store.latest()))
+        self._publisher.wait()
+        self._await_release()
+        self._evaluator.start(self._evaluable())
         while self._evaluator.running and not self.controls.stop.is_set():
             self._listen()
         return None if self._evaluator.running else self._history.accuracy

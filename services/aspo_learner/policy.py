@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,19 @@ class Policy:
         )
         return batch.scatter(logprobs), batch.scatter(entropy)
 
-    def published_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors of a version, in the published type; tied tensors once."""
+    @torch.no_grad()
+    def copy_published(self, copy: dict[str, Tensor]) -> None:
+        """Fill `copy` with the tensors of a version, on the CPU in the published type; tied tensors once."""
         for name, parameter in self.model.named_parameters():
-            yield name, parameter.detach().to(self._dtype).cpu()
+            if name not in copy:
+                copy[name] = torch.empty(parameter.shape, dtype=self._dtype)
+            copy[name].copy_(parameter)
+
+    @torch.no_grad()
+    def load_published(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights of a version; what its type rounds off stays lost."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[name])
 
     def published_files(self) -> dict[str, bytes]:
         """The config and tokenizer files that make a version loadable by `from_pretrained`."""

@@ -1,12 +1,21 @@
-"""Names, stores and announces the learner's weights as policy versions."""
+"""Names, stores and announces the learner's weights as policy versions, beside the training thread."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
 import redis
+import torch
+from torch import Tensor
 
 from aspo.schemas import PolicyVersion
+from aspo.weights.manifest import Manifest, WeightsError
 from aspo.weights.store import WeightStore
 from aspo_learner.policy import Policy
+
+log = logging.getLogger(__name__)
 
 
 def next_epoch(client: redis.Redis, run: str, store: WeightStore) -> int:
@@ -19,18 +28,70 @@ def next_epoch(client: redis.Redis, run: str, store: WeightStore) -> int:
 
 
 class Publisher:
-    """Publishes a policy's weights under `run/epoch/step`."""
+    """Publishes a policy's weights under `run/epoch/step`.
 
-    def __init__(self, store: WeightStore, policy: Policy, run: str, epoch: int) -> None:
-        self.store = store
-        self._policy, self._run, self._epoch = policy, run, epoch
+    The training thread only copies them; encoding and storing happen in a thread of its own, one version at a
+    time. `on_stored` is called there with every version that has been stored.
+    """
+
+    def __init__(
+        self,
+        store: WeightStore,
+        policy: Policy,
+        run: str,
+        epoch: int,
+        on_stored: Callable[[PolicyVersion], None] | None = None,
+    ) -> None:
+        self._store, self._policy, self._run, self._epoch = store, policy, run, epoch
+        self._on_stored = on_stored or store.go_live
+        self._thread = ThreadPoolExecutor(1, "publisher")
+        self._pending: Future[Manifest] | None = None
+        # Two copies by turns: the store compares the one it gets with the one it got before.
+        self._copies: list[dict[str, Tensor]] = [{}, {}]
+        self.last: PolicyVersion | None = None
+        self.metrics: dict[str, float] = {}
+        self.failures = 0
 
     def version(self, step: int) -> PolicyVersion:
         """The name of this learner's version of a step."""
         return PolicyVersion(epoch=self._epoch, step=step, run=self._run)
 
     def publish(self, step: int) -> PolicyVersion:
-        """Store the current weights as the version of `step` and make it the latest."""
+        """Copy the current weights and begin to store them; a failure is logged, the next step mends it."""
         version = self.version(step)
-        self.store.put(version, dict(self._policy.published_tensors()), self._policy.published_files())
+        try:
+            self.wait()
+        except WeightsError as error:
+            log.error("a version was not published: %s; actors stay on %s", error, self._store.live())
+        if version != self.last:
+            copy = self._copies[0]
+            self._policy.copy_published(copy)
+            self._pending = self._thread.submit(self._store_copy, version, copy)
         return version
+
+    def wait(self) -> None:
+        """Wait until what was published is stored; raises `WeightsError` if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            manifest = pending.result()
+        except WeightsError:
+            self.failures += 1
+            raise
+        self.last = manifest.policy_version
+
+    def close(self) -> None:
+        """Wait for the last version and end the thread."""
+        self._thread.shutdown()
+
+    @torch.no_grad()
+    def _store_copy(self, version: PolicyVersion, copy: dict[str, Tensor]) -> Manifest:
+        manifest = self._store.put(version, copy, self._policy.published_files(), live=False)
+        self._copies.reverse()
+        self._on_stored(version)
+        transfers = self._store.transfers(version)
+        self.metrics = {"weights_bytes": float(min((t.size for t in transfers), default=0))}
+        if manifest.changed_fraction is not None:
+            self.metrics["weights_changed_fraction"] = manifest.changed_fraction
+        return manifest

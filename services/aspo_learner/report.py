@@ -88,7 +88,9 @@ class RunHistory:
     def finish(self, publisher: Publisher, policy: Policy, actors: Sequence[ActorStatus]) -> dict[str, Any]:
         """Write summary.json, curves.png and the final model; returns the summary."""
         model = self._folder / "model"
-        save_model(policy, dict(policy.published_tensors()), model)
+        tensors: dict[str, Any] = {}
+        policy.copy_published(tensors)
+        save_model(policy, tensors, model)
         staleness = [m["staleness_mean"] for m in self._steps]
         summary: dict[str, Any] = {
             "accuracy_before": self.accuracy_before,

@@ -201,7 +201,18 @@ class WeightsConfig(Section):
     """The learner's version store."""
 
     publish_every: int = Field(1, ge=1, description="Steps between published versions.")
-    keep: int = Field(8, ge=2, description="Versions kept for download; older ones answer 410.")
+    keep: int = Field(8, ge=2, description="Newest versions kept for download; older ones answer 410.")
+    snapshot_every: int = Field(16, ge=1, description="Versions between snapshots; the rest are deltas.")
+
+
+class CanaryConfig(Section):
+    """A trial of every version with one actor before the others get it."""
+
+    enabled: bool = Field(False, description="Try every version; raise learner.max_staleness with it.")
+    max_kl: float = Field(0.5, gt=0, description="Largest KL from the version before, nats per token.")
+    max_reward_drop: float = Field(0.5, gt=0, description="Largest fall of the mean reward.")
+    groups: int = Field(4, ge=0, description="Groups whose reward is compared; 0 compares none.")
+    timeout_s: float = Field(60.0, gt=0, description="Seconds after which a silent canary means withdrawal.")
 
 
 class EngineConfig(Section):
@@ -225,10 +236,17 @@ class ActorConfig(Section):
 
     id: Name | None = Field(None, description="Unset: host name and process id.")
     learner_url: str = Field(
-        "http://127.0.0.1:8000", pattern=r"^https?://", description="Where the weights come from."
+        "http://127.0.0.1:8000",
+        pattern=r"^https?://",
+        description="Where the weights come from: the learner, or a relay.",
     )
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8001, description="Port to serve on; 0 picks a free one.")
+    advertise_url: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="Where other actors reach this one for weights; unset: its address, if it has just one.",
+    )
     max_samples: int | None = Field(
         None, ge=1, description="Completions in flight; unset: max_num_seqs and one group more."
     )
@@ -262,6 +280,7 @@ class Config(BaseSettings):
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
+    canary: CanaryConfig = CanaryConfig()
     actor: ActorConfig = ActorConfig()
     auth: AuthConfig = AuthConfig()
 

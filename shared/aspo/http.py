@@ -32,7 +32,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from aspo.config import AuthConfig
@@ -46,14 +46,19 @@ class ServeError(AspoError, RuntimeError):
 
 
 class Scope(enum.Enum):
-    """Who may call a route; an operator may call all of them, an actor also reads."""
+    """Who may call a route; an operator may call all of them, an actor also reads.
 
+    A blob is also given for a ticket, which opens that blob alone.
+    """
+
+    BLOB = "blob"
     READER = "reader"
     ACTOR = "actor"
     OPERATOR = "operator"
 
 
 _GRANTED = {
+    Scope.BLOB: (Scope.ACTOR, Scope.OPERATOR),
     Scope.READER: (Scope.READER, Scope.ACTOR, Scope.OPERATOR),
     Scope.ACTOR: (Scope.ACTOR, Scope.OPERATOR),
     Scope.OPERATOR: (Scope.OPERATOR,),
@@ -123,17 +128,23 @@ def require(scope: Scope) -> Any:
         if not tokens:
             return  # `Server` has made sure that only loopback addresses are served
         given = credentials.credentials if credentials else ""
-        if not given or not any(_matches(given, tokens.get(granted)) for granted in _GRANTED[scope]):
+        accepted = [token.get_secret_value() for s in _GRANTED[scope] if (token := tokens.get(s))]
+        if scope is Scope.BLOB:
+            accepted += [blob_ticket(token, request.path_params["digest"]) for token in accepted]
+        if not given or not any(hmac.compare_digest(given.encode(), token.encode()) for token in accepted):
             status, code = (403, "forbidden") if given else (401, "unauthorized")
+            needed = "an actor" if scope in (Scope.ACTOR, Scope.BLOB) else f"a {scope.value}"
+            needed = "an operator" if scope is Scope.OPERATOR else needed
             raise ApiError(
-                status, code, f"this route needs a {scope.value} token", "send Authorization: Bearer TOKEN"
+                status, code, f"this route needs {needed} token", "send Authorization: Bearer TOKEN"
             )
 
     return Depends(check)
 
 
-def _matches(given: str, token: SecretStr | None) -> bool:
-    return token is not None and hmac.compare_digest(given.encode(), token.get_secret_value().encode())
+def blob_ticket(token: str, digest: str) -> str:
+    """Prove knowledge of a token to a peer without showing it: opens one blob, and nothing else."""
+    return hmac.new(token.encode(), f"blob {digest}".encode(), "sha256").hexdigest()
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
@@ -188,6 +199,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def reachable(url: str) -> str | None:
+    """Give the URL if it names one address, None for a service that listens on all of them."""
+    return None if "//0.0.0.0:" in url or "//[::]:" in url else url
 
 
 class Server:

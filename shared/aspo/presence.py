@@ -19,7 +19,15 @@ class ActorStatus(BaseModel):
     tokens: int = 0
     tokens_per_second: float = 0.0
     weight_syncs: int = 0
+    weight_patches: int = 0
+    weight_repairs: int = 0
+    weight_plan: str = ""
+    weight_versions_behind: int = 0
+    weight_bytes: int = 0
+    weight_bytes_from_peers: int = 0
+    weight_retries: int = 0
     weight_pull_seconds: float = 0.0
+    weight_apply_seconds: float = 0.0
     weight_pause_seconds: float = 0.0
     reward_failures: int = 0
 

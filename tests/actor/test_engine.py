@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from aspo.config import EngineConfig
+from aspo_actor import engine_settings
 from aspo_actor.engine import Completion, EngineError, RolloutEngine, WeightsRefusedError
+from aspo_actor.patch import write_patch
+from blake3 import blake3
 from models import char_tokenizer, save_model
 
 pytestmark = [
@@ -54,8 +58,8 @@ def _collect() -> Iterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def running(model: Path, version: str) -> AsyncIterator[RolloutEngine]:
-    engine = await RolloutEngine.start(model, "float32", SETTINGS, version=version)
+async def running(model: Path, version: str, dtype: str = "float32") -> AsyncIterator[RolloutEngine]:
+    engine = await RolloutEngine.start(model, dtype, SETTINGS, version=version)
     try:
         yield engine
     finally:
@@ -64,14 +68,48 @@ async def running(model: Path, version: str) -> AsyncIterator[RolloutEngine]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[RolloutEngine]:
-    """An engine started on `tied-0`; tests that need weights call `serve`."""
-    async with running(folder / "tied-0", "test/0/0") as started:
-        yield started
+    """An engine started on `tied-0`, whose updates can be made to fail; tests that need weights call `serve`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_settings, "EXTENSION", "faulty.FaultyExtension")
+        async with running(folder / "tied-0", "test/0/0") as started:
+            yield started
 
 
 async def serve(engine: RolloutEngine, model: Path, version: str) -> None:
     if engine.version != version:
         await engine.apply_weights([model / "model.safetensors"], version)
+
+
+def change(model: Path, target: Path, seed: int) -> tuple[Path, Path]:
+    """Change 2 % of every matrix of `model` and all of its vectors; returns the new model and the patch to it."""
+    shutil.copytree(model, target)
+    tensors, generator = load_file(model / "model.safetensors"), torch.Generator().manual_seed(seed)
+    changes: dict[str, tuple[np.ndarray | None, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            tensor += torch.randn(tensor.shape, generator=generator) * 0.1
+            changes[name] = None, tensor
+            continue
+        where = torch.randperm(tensor.numel(), generator=generator)[: tensor.numel() // 50].sort().values
+        tensor.view(-1)[where] += torch.randn(len(where), generator=generator)
+        changes[name] = where.numpy(), tensor.view(-1)[where]
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    write_patch(target / "patch", changes)
+    return target, target / "patch"
+
+
+def published_digests(model: Path) -> dict[str, str]:
+    tensors = load_file(model / "model.safetensors")
+    return {name: blake3(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+
+
+async def check_weights(engine: RolloutEngine, model: Path) -> None:
+    """Hold the engine's weights against those of a model folder: their bits, and what they compute."""
+    expected = published_digests(model)
+    assert await engine.digests(list(expected)) == expected
+    np.testing.assert_allclose(await engine.score(PROMPT), oracle_score(model, PROMPT), atol=TOLERANCE)
+    (drawn,) = await engine.sample(PROMPT, n=1, max_tokens=16, temperature=1.0)
+    check_against_oracle(model, drawn)
 
 
 def oracle(model: Path, token_ids: Sequence[int], temperature: float = 1.0) -> torch.Tensor:
@@ -187,10 +225,12 @@ async def test_requests_that_cannot_be_served_are_refused_in_one_line(
     assert engine.healthy
 
 
+@pytest.mark.parametrize("kind", ["complete", "patch"])
 async def test_an_update_in_flight_keeps_every_request_and_labels_every_token(
-    engine: RolloutEngine, folder: Path
+    engine: RolloutEngine, folder: Path, tmp_path: Path, kind: str
 ) -> None:
     await serve(engine, folder / "tied-0", "test/0/0")
+    new, patch = change(folder / "tied-0", tmp_path / "new", 1)
     completions: list[Completion] = []
     begun, updated = asyncio.Event(), False
 
@@ -203,20 +243,50 @@ async def test_an_update_in_flight_keeps_every_request_and_labels_every_token(
         for _ in range(4):
             tasks.create_task(sample_past_the_update())
         await begun.wait()
-        await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
+        if kind == "patch":
+            await engine.apply_patch(patch, "test/0/0", "test/0/5")
+        else:
+            await engine.apply_weights([new / "model.safetensors"], "test/0/5")
         completions.extend(await engine.sample(PROMPT, n=2, max_tokens=4, temperature=1.0))
         updated = True
 
-    assert engine.version == "test/0/1"
+    assert engine.version == "test/0/5"
     assert all(sum(span.length for span in c.spans) == len(c.token_ids) for c in completions)
     versions = {tuple(span.version for span in c.spans) for c in completions}
-    assert versions == {("test/0/0",), ("test/0/0", "test/0/1"), ("test/0/1",)}
+    assert versions == {("test/0/0",), ("test/0/0", "test/0/5"), ("test/0/5",)}
     # Tokens drawn before the switch have the old weights' log-probs to the last one.
     crossing = next(c for c in completions if len(c.spans) == 2)
     before = crossing.spans[0].length
     expected = oracle_score(folder / "tied-0", [*PROMPT, *crossing.token_ids])[len(PROMPT) - 1 :]
     np.testing.assert_allclose(crossing.logprobs[:before], expected[:before], atol=TOLERANCE)
     assert np.abs(crossing.logprobs[before:] - expected[before:]).max() > 100 * TOLERANCE
+    await check_weights(engine, new)
+
+
+async def test_patches_and_complete_updates_follow_each_other_in_any_order(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    assert engine.unpatchable is None
+    await serve(engine, folder / "tied-0", "test/0/0")
+    await check_patches(engine, folder / "tied-0", folder / "tied-1", tmp_path)
+
+
+async def check_patches(engine: RolloutEngine, model: Path, other: Path, target: Path) -> None:
+    """Patch `model`, which runs, twice; load `other` and patch that."""
+    first, patch = change(model, target / "first", 1)
+    await engine.apply_patch(patch, engine.version, "test/1/1")
+    assert engine.version == "test/1/1"
+    await check_weights(engine, first)
+    second, patch = change(first, target / "second", 2)
+    timings = await engine.apply_patch(patch, "test/1/1", "test/1/2")
+    assert min(timings.check_s, timings.pause_s, timings.apply_s, timings.probe_s) > 0
+    await check_weights(engine, second)
+    await engine.apply_weights([other / "model.safetensors"], "test/1/3")
+    await check_weights(engine, other)
+    third, patch = change(other, target / "third", 3)
+    for base, version in (("test/1/3", "test/1/4"), ("test/1/4", "test/1/5")):
+        await engine.apply_patch(patch, base, version)  # a patch may be applied again
+        await check_weights(engine, third)
 
 
 async def test_after_an_update_nothing_of_the_old_weights_is_left(
@@ -279,6 +349,111 @@ async def test_an_unfit_update_is_refused_and_the_old_weights_serve_on(
     np.testing.assert_array_equal(await engine.score(PROMPT), before)
 
 
+HEAD = "model.embed_tokens.weight"
+ONES = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.layers.9.mlp.up_proj.weight": (None, ONES)}, "up_proj.weight is unknown to the model"),
+        ({HEAD: (np.array([0, 16 * 128]), ONES)}, r"positions outside 0 \.\. 2047"),
+        ({HEAD: (np.array([-1, 5]), ONES)}, "positions outside"),
+        ({HEAD: (np.array([5, 5]), ONES)}, "positions that do not ascend"),
+        ({HEAD: (np.array([4, 5]), ONES.half())}, "has dtype F16; the engine runs in F32"),
+        ({HEAD: (np.array([4]), ONES)}, "1 positions for values of shape"),
+        ({HEAD: (None, ONES)}, r"has shape \[2\]; the model has \[16, 128\]"),
+        (None, "cannot be read"),
+    ],
+)
+async def test_an_unfit_patch_is_refused_and_the_old_weights_serve_on(
+    engine: RolloutEngine,
+    tmp_path: Path,
+    changes: dict[str, tuple[np.ndarray | None, torch.Tensor]] | None,
+    message: str,
+) -> None:
+    before, version, patch = await engine.score(PROMPT), engine.version, tmp_path / "patch"
+    write_patch(patch, changes or {HEAD: (None, torch.ones(16, 128))})
+    if changes is None:
+        patch.write_bytes(patch.read_bytes()[:-1])
+    with pytest.raises(WeightsRefusedError, match=message) as refusal:
+        await engine.apply_patch(patch, version, "test/0/9")
+    assert "\n" not in str(refusal.value)
+    assert engine.healthy
+    assert engine.version == version
+    np.testing.assert_array_equal(await engine.score(PROMPT), before)
+
+
+async def test_a_patch_to_other_weights_than_run_is_refused(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    _, patch = change(folder / "tied-0", tmp_path / "new", 1)
+    with pytest.raises(WeightsRefusedError, match="the patch is to test/0/8 and the engine runs test/0/0"):
+        await engine.apply_patch(patch, "test/0/8", "test/0/9")
+    await check_weights(engine, folder / "tied-0")
+
+
+async def standing_still(engine: RolloutEngine, sampling: asyncio.Task[list[Completion]]) -> None:
+    """Check that nothing comes out of a damaged engine, which says so."""
+    assert not engine.healthy
+    assert engine.recoverable
+    assert await engine.client.is_paused()
+    with pytest.raises(EngineError, match="failed"):
+        await engine.sample(PROMPT, n=1, max_tokens=1, temperature=1.0)
+    with pytest.raises(EngineError, match="failed"):
+        await engine.probe(1.0)
+    assert engine.recoverable
+    assert not sampling.done()
+
+
+@pytest.mark.parametrize("kind", ["complete", "patch"])
+async def test_an_update_that_fails_midway_is_mended_by_a_complete_one(
+    engine: RolloutEngine, folder: Path, tmp_path: Path, kind: str
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    new, patch = change(folder / "tied-0", tmp_path / "new", 1)
+    sampling = asyncio.create_task(engine.sample(PROMPT, n=16, max_tokens=200, temperature=2.0))
+    await engine.score(PROMPT)  # by then the other runs
+    if kind == "patch":
+        await engine.client.collective_rpc("fail_next_patch")
+        with pytest.raises(EngineError, match=r"weights test/2/0 failed: .*out of bounds"):
+            await engine.apply_patch(patch, "test/0/0", "test/2/0")
+    else:
+        await engine.client.collective_rpc("fail_next_load")
+        with pytest.raises(EngineError, match=r"weights test/2/0 failed: .*on fire"):
+            await engine.apply_weights([new / "model.safetensors"], "test/2/0")
+    assert engine.version == "test/0/0"
+    await standing_still(engine, sampling)
+    with pytest.raises(EngineError, match="failed"):
+        await engine.apply_patch(patch, "test/0/0", "test/2/0")
+    with pytest.raises(WeightsRefusedError, match="cannot be read"):
+        await engine.apply_weights([tmp_path / "nowhere"], "test/2/0")
+    await standing_still(engine, sampling)
+    # An older version than the failed one mends it too.
+    await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/1/9")
+    assert engine.healthy
+    assert not engine.recoverable
+    assert engine.failure is None
+    versions = {tuple(span.version for span in c.spans) for c in await sampling}
+    assert versions <= {("test/0/0",), ("test/0/0", "test/1/9")}
+    assert ("test/0/0", "test/1/9") in versions
+    await check_weights(engine, folder / "tied-1")
+
+
+async def test_a_condemned_engine_drops_its_requests_until_it_is_mended(
+    engine: RolloutEngine, folder: Path
+) -> None:
+    sampling = asyncio.create_task(engine.sample(PROMPT, n=16, max_tokens=200, temperature=2.0))
+    await engine.score(PROMPT)
+    await engine.condemn("a digest is wrong")
+    with pytest.raises(EngineError, match="a digest is wrong"):
+        await sampling
+    assert engine.recoverable
+    await engine.apply_weights([folder / "tied-0" / "model.safetensors"], "test/0/0")
+    await check_weights(engine, folder / "tied-0")
+
+
 async def test_vllms_own_update_calls_refuse_an_unfit_update_too(
     engine: RolloutEngine, folder: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +477,31 @@ async def test_vllms_own_update_calls_refuse_an_unfit_update_too(
     await engine.client.update_weights(request(folder / "tied-0" / "model.safetensors"))
     await engine.client.finish_weight_update("test/0/0")
     np.testing.assert_array_equal(await engine.score(PROMPT), before)
+
+
+async def test_vllms_own_update_calls_take_a_patch_and_after_a_failed_one_only_complete_weights(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    async def update(**info: object) -> None:
+        await engine.client.start_weight_update()
+        await engine.client.update_weights(WeightTransferUpdateRequest(update_info=info))
+        await engine.client.finish_weight_update("test/0/0")
+
+    await serve(engine, folder / "tied-0", "test/0/0")
+    new, patch = change(folder / "tied-0", tmp_path / "new", 1)
+    with pytest.raises(Exception, match="either files or a patch"):
+        await update()
+    await update(patch=str(patch))
+    await check_weights(engine, new)
+    await engine.client.collective_rpc("fail_next_patch")
+    with pytest.raises(Exception, match="out of bounds"):
+        await update(patch=str(patch))
+    with pytest.raises(Exception, match="the next must be complete"):
+        await update(patch=str(patch))
+    await update(files=[str(folder / "tied-0" / "model.safetensors")])
+    await check_weights(engine, folder / "tied-0")
 
 
 async def test_an_update_may_come_in_several_files(
@@ -331,12 +531,13 @@ async def test_a_fresh_engine_agrees_and_a_hung_one_is_given_up(engine: RolloutE
         with pytest.raises(EngineError, match="no token within 1 s"):
             await sampling
         assert not fresh.healthy
+        assert not fresh.recoverable
         with pytest.raises(EngineError):
             await fresh.apply_weights([folder / "tied-0" / "model.safetensors"], "fresh/0/1")
     core.wait(10)
 
 
-async def test_an_untied_head_is_updated_and_a_dead_engine_says_so(folder: Path) -> None:
+async def test_an_untied_head_is_updated_and_a_dead_engine_says_so(folder: Path, tmp_path: Path) -> None:
     async with running(folder / "untied-0", "test/0/0") as untied:
         for seed in (1, 0):
             model = folder / f"untied-{seed}"
@@ -344,28 +545,49 @@ async def test_an_untied_head_is_updated_and_a_dead_engine_says_so(folder: Path)
             np.testing.assert_allclose(
                 await untied.score(PROMPT), oracle_score(model, PROMPT), atol=TOLERANCE
             )
+        await check_patches(untied, folder / "untied-0", folder / "untied-1", tmp_path)
         sampling = asyncio.create_task(untied.sample(PROMPT, n=16, max_tokens=240, temperature=2.0))
         await asyncio.sleep(0.1)
         os.kill(engine_core(untied).pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="vLLM failed"):
             await sampling
         assert not untied.healthy
+        assert not untied.recoverable
         with pytest.raises(EngineError):
             await untied.probe(1.0)
 
 
-async def test_weights_that_are_not_finite_hand_out_no_token(folder: Path, tmp_path: Path) -> None:
-    tensors = load_file(folder / "tied-1" / "model.safetensors")
-    tensors["model.norm.weight"][0] = torch.nan
-    save_file(tensors, tmp_path / "model.safetensors")
-    async with running(folder / "tied-0", "test/0/0") as engine:
-        sampling = asyncio.create_task(engine.sample(PROMPT, n=32, max_tokens=240, temperature=2.0))
-        await asyncio.sleep(0.1)
-        with pytest.raises(EngineError, match="not finite"):
-            await engine.apply_weights([tmp_path / "model.safetensors"], "test/0/1")
-        with pytest.raises(EngineError, match="not finite"):
-            await sampling
-        assert not engine.healthy
+async def test_weights_that_are_not_finite_hand_out_no_token_and_can_be_mended(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    nan = np.array([0]), torch.tensor([torch.nan])
+    write_patch(tmp_path / "patch", {"model.norm.weight": nan})
+    sampling = asyncio.create_task(engine.sample(PROMPT, n=32, max_tokens=240, temperature=2.0))
+    await engine.score(PROMPT)
+    with pytest.raises(EngineError, match="not finite"):
+        await engine.apply_patch(tmp_path / "patch", "test/0/0", "test/0/1")
+    with pytest.raises(EngineError, match="not finite"):
+        await sampling
+    assert not engine.healthy
+    assert engine.recoverable
+    assert engine.version == "test/0/0"
+    await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/2")
+    await check_weights(engine, folder / "tied-1")
+
+
+async def test_a_model_that_cannot_be_patched_takes_complete_updates(folder: Path, tmp_path: Path) -> None:
+    # oneDNN packs half precision on a few CPUs only; vLLM multiplies it on all.
+    async with running(folder / "tied-0", "test/0/0", dtype="float16") as half:
+        if half.unpatchable is None:
+            pytest.skip("this CPU packs half precision")
+        _, patch = change(folder / "tied-0", tmp_path / "new", 1)
+        with pytest.raises(WeightsRefusedError, match="takes no patches: .* is packed in a way"):
+            await half.apply_patch(patch, "test/0/0", "test/0/1")
+        await half.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
+        expected = oracle_score(folder / "tied-1", PROMPT)
+        np.testing.assert_allclose(await half.score(PROMPT), expected, atol=0.1)
+        assert await half.digests(["model.norm.weight"]) == {}
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from aspo.config import Config, RewardConfig
 from aspo.presence import ActorStatus, announce, present, withdraw
 from aspo.queue import RolloutReader, TaskQueue
 from aspo.schemas import Task, VersionSpan
-from aspo_actor.engine import Completion
+from aspo_actor.engine import Completion, EngineError
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.worker import Worker
 from rollouts import write_config
@@ -32,10 +32,13 @@ class StubEngine:
         self.gate = asyncio.Event()
         self.gate.set()
         self.requests = 0
+        self.healthy, self.recoverable = True, False
 
     async def sample(self, prompt_ids: Sequence[int], *, n: int, **options: Any) -> list[Completion]:
         self.requests += 1
         await self.gate.wait()
+        if self.recoverable:
+            raise EngineError("damaged")
         completion = Completion(
             token_ids=np.array([5, 1], dtype=np.int32),
             logprobs=np.array([-0.5, -0.25], dtype=np.float32),
@@ -101,6 +104,24 @@ async def until(condition: Any, timeout_s: float = 20.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - the worker announces nothing
             await asyncio.sleep(0.01)
+
+
+async def test_a_damaged_engine_hands_its_tasks_back_and_takes_none(
+    config: Config, client: redis.Redis, run: str, scorer: Scorer
+) -> None:
+    queue, engine = put_tasks(client, run, 3), StubEngine()
+    worker = make_worker(config, client, scorer, engine)
+    engine.gate.clear()
+    working = asyncio.create_task(worker.run())
+    await until(lambda: worker.in_flight == 2)
+    engine.healthy, engine.recoverable = False, True
+    engine.gate.set()
+    await until(lambda: queue.depth()["train"] == 3 and worker.in_flight == 0)
+    assert worker.groups == 0
+    engine.healthy, engine.recoverable = True, False
+    await until(lambda: worker.groups == 3)
+    await worker.drain(5.0)
+    await working
 
 
 async def test_every_task_becomes_one_stored_group(

@@ -17,11 +17,15 @@ from pydantic import SecretStr
 
 import aspo_actor.app
 import aspo_learner.app
-from aspo.config import AuthConfig
+from aspo.config import AuthConfig, CanaryConfig
 from aspo.http import ServeError, Server, listen
 from aspo.presence import ActorStatus
 from aspo.telemetry import ACTOR_METRICS, LEARNER_METRICS, Gauges
+from aspo.weights.blobs import BlobStore
+from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
+from aspo_learner.releases import Releases
+from versions import FILES, tensors, version
 
 AUTH = AuthConfig(
     reader_token=SecretStr("reader"), actor_token=SecretStr("actor"), operator_token=SecretStr("operator")
@@ -32,6 +36,7 @@ PUBLIC = {"/livez", "/readyz", "/metrics"}
 class StubLearner:
     def __init__(self) -> None:
         self.controls = aspo_learner.app.Controls()
+        self.releases: Releases | None = None
 
     def status(self) -> aspo_learner.app.LearnerStatus:
         return aspo_learner.app.LearnerStatus(run="r", phase="training", version=None, step=1, steps=2)
@@ -56,9 +61,16 @@ class StubActor:
 @pytest.fixture(params=["learner", "actor"])
 def app(request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
     if request.param == "actor":
-        return aspo_actor.app.build_app(StubActor(), Gauges("actor", ACTOR_METRICS), AUTH)
-    gauges = Gauges("learner", LEARNER_METRICS)
-    return aspo_learner.app.build_app(StubLearner(), WeightStore(tmp_path), gauges, AUTH)
+        return aspo_actor.app.build_app(
+            StubActor(), BlobStore(tmp_path), Gauges("actor", ACTOR_METRICS), AUTH
+        )
+    return learner_app(StubLearner(), WeightStore(tmp_path))
+
+
+def learner_app(learner: StubLearner, store: WeightStore) -> FastAPI:
+    gauges, leases = Gauges("learner", LEARNER_METRICS), Leases()
+    learner.releases = Releases(store, leases, CanaryConfig())
+    return aspo_learner.app.build_app(learner, store, leases, gauges, AUTH)
 
 
 @pytest.fixture
@@ -67,12 +79,13 @@ def url(app: FastAPI) -> Iterator[str]:
         yield server.url
 
 
-def call(url: str, method: str = "GET", token: str | None = None) -> tuple[int, str]:
+def call(url: str, method: str = "GET", token: str | None = None, body: object = None) -> tuple[int, str]:
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    data = None if body is None else json.dumps(body).encode()
+    headers |= {"Content-Type": "application/json"} if data else {}
+    request = urllib.request.Request(url, data=data, method=method, headers=headers)
     try:
-        with urllib.request.urlopen(
-            urllib.request.Request(url, method=method, headers=headers), timeout=10
-        ) as response:
+        with urllib.request.urlopen(request, timeout=10) as response:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -95,7 +108,8 @@ def test_every_route_but_the_probes_wants_a_token(app: FastAPI, url: str) -> Non
 def test_changing_routes_want_the_operator(app: FastAPI, url: str) -> None:
     for route in app.routes:
         if isinstance(route, APIRoute) and "POST" in route.methods:
-            for token in ("reader", "actor"):
+            # An actor reports on its trials; all else that changes something is an operator's.
+            for token in ("reader",) if route.path.endswith("/report") else ("reader", "actor"):
                 assert call(url + route.path, "POST", token)[0] == 403
 
 
@@ -120,7 +134,7 @@ def test_probes_and_errors_mean_what_they_say(app: FastAPI, url: str) -> None:
 
 def test_the_operator_pauses_and_resumes(tmp_path: Path) -> None:
     learner = StubLearner()
-    app = aspo_learner.app.build_app(learner, WeightStore(tmp_path), Gauges("learner", LEARNER_METRICS), AUTH)
+    app = learner_app(learner, WeightStore(tmp_path))
     with Server(app, listen("127.0.0.1", 0, AUTH)) as server:
         assert call(f"{server.url}/v1/pause", "POST", "operator") == (200, '{"state":"paused"}')
         assert not learner.controls.running.is_set()
@@ -128,6 +142,32 @@ def test_the_operator_pauses_and_resumes(tmp_path: Path) -> None:
         assert learner.controls.running.is_set()
         assert call(f"{server.url}/v1/checkpoint", "POST", "operator")[0] == 200
         assert learner.controls.checkpoint.is_set()
+
+
+def test_the_operator_decides_what_is_live(tmp_path: Path) -> None:
+    learner, store = StubLearner(), WeightStore(tmp_path)
+    app = learner_app(learner, store)
+    with Server(app, listen("127.0.0.1", 0, AUTH)) as server:
+
+        def post(path: str, body: object = None) -> int:
+            return call(server.url + path, "POST", "operator", body)[0]
+
+        assert post("/v1/weights/snapshot") == 404
+        for step in range(3):
+            store.put(version(step), tensors(step), FILES)
+        assert post("/v1/weights/rollback", {"version": "r/1/0"}) == 200
+        assert (store.live(), store.held(), learner.controls.continue_from) == (version(0), True, None)
+        assert post("/v1/weights/rollback", {"version": "r/1/1", "continue_training": True}) == 200
+        assert (store.live(), learner.controls.continue_from) == (version(1), version(1))
+        assert post("/v1/weights/r/1/2/promote") == 200
+        assert (store.live(), store.held()) == (version(2), False)
+        assert post("/v1/weights/snapshot") == 200
+        assert post("/v1/weights/r/1/9/promote") == 404
+        assert post("/v1/weights/rollback", {"version": "../x"}) == 400
+        assert post("/v1/weights/rollback", {}) == 422
+        report = {"client": "actor-0", "finite": True, "kl": 0.0}
+        assert post("/v1/weights/r/1/2/report", report) == 200
+        assert post("/v1/weights/r/1/2/report", {**report, "kl": "nan"}) == 422
 
 
 def test_a_public_address_needs_tokens_and_a_port_must_be_free() -> None:

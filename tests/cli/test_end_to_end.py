@@ -94,17 +94,47 @@ def test_models_load_with_from_pretrained(finished: tuple[Service, Service, Path
         assert tokenizer.decode(tokenizer("12+3=")["input_ids"]).replace(" ", "") == "12+3="
 
 
+def aspo(project: Path, url: str, *arguments: str) -> str:
+    """Run `aspo weights` against the learner; gives what it printed."""
+    command = Service(project, "weights", *arguments, "--learner", url)
+    assert command.wait(60) == 0, command.text
+    return command.text
+
+
+def check_the_weights_commands(project: Path, url: str) -> None:
+    """On a paused learner: list, verify, go back with the actor following, and return."""
+
+    def actor_at(version: str) -> bool:
+        return all(actor["version"] == version for actor in fetch_status(url)["actors"])
+
+    listed = json.loads(aspo(project, url, "ls", "--json"))
+    versions = [version["version"] for version in listed["versions"]]
+    newest, older = versions[-1], versions[-3]
+    wait_until(lambda: actor_at(newest), 60, ())
+    assert f"{newest} is intact" in aspo(project, url, "verify")
+    assert "embed_tokens" in aspo(project, url, "show", newest)
+    assert f"{older} is live" in aspo(project, url, "rollback", older)
+    wait_until(lambda: actor_at(older), 60, ())
+    assert fetch_status(url)["held"]
+    assert f"{newest} is live" in aspo(project, url, "promote", newest)
+    wait_until(lambda: actor_at(newest), 60, ())
+    aspo(project, url, "rollback", older, "--continue")
+
+
 def test_a_restarted_learner_goes_on_and_the_actor_follows(
     finished: tuple[Service, Service, Path], project: Path, url: str
 ) -> None:
     _, actor, _ = finished
-    learner = Service(project, "learner", "--config", "my.toml", "--set", f"learner.steps={STEPS + 4}")
+    learner = Service(project, "learner", "--config", "my.toml", "--set", f"learner.steps={STEPS + 6}")
     try:
-        status = wait_until(lambda: step_of(url) > STEPS and fetch_status(url), 120, (learner, actor))
+        wait_until(lambda: step_of(url) > STEPS, 120, (learner, actor))
+        post(f"{url}/v1/pause")
+        status = fetch_status(url)
         assert status["version"].startswith("sevens/2/")
         [alive] = status["actors"]
         assert alive["state"] == "sampling"
-        assert alive["weight_syncs"] > 0
+        assert alive["weight_syncs"] >= alive["weight_patches"] > 0
+        assert alive["weight_repairs"] == 0
         for service, metric in ((url, "aspo_learner_staleness_mean"), (alive["url"], "aspo_actor_tokens")):
             assert read(f"{service}/livez") == "ok"
             assert read(f"{service}/readyz") == "ok"
@@ -113,10 +143,15 @@ def test_a_restarted_learner_goes_on_and_the_actor_follows(
         shown = Service(project, "status", "--once", "--learner", url)
         assert shown.wait(30) == 0
         assert "actor-0" in shown.text
+        check_the_weights_commands(project, url)
+        post(f"{url}/v1/resume")
         assert learner.wait(120) == 0, learner.text
     finally:
         learner.kill()
-    assert [m["step"] for m in metrics_of(project, "sevens")] == list(range(1, STEPS + 5))
+    assert [m["step"] for m in metrics_of(project, "sevens")] == list(range(1, STEPS + 7))
+    store = Service(project, "weights", "verify", "--store", "runs/sevens/weights")
+    assert store.wait(60) == 0, store.text
+    assert f"sevens/3/{STEPS + 6} is live" in store.text, "it went on from the version rolled back to"
 
 
 def test_sigterm_drains_the_actor(finished: tuple[Service, Service, Path]) -> None:

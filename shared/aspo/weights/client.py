@@ -1,9 +1,15 @@
 """Pulls versions from a learner over HTTP and trusts nothing it has not verified.
 
-async with WeightClient("http://learner:8000", Path("cache"), token=None) as client:
-    manifest = await client.latest(have=None, wait_s=30)
-    files = await client.pull(manifest)                     # verified safetensors files
-    await client.export(manifest, Path("my-model"))         # a folder that from_pretrained loads
+    async with WeightClient("http://learner:8000", Path("cache"), token=None) as client:
+        mirror = Mirror(client)
+        while True:
+            plan = await client.latest(have=mirror.version, wait_s=30)  # None: nothing newer yet
+            if plan is not None:
+                update = await mirror.follow(plan)                      # verified, in memory
+        await export(client, await client.plan("demo/1/42"), Path("my-model"))
+
+Blobs come from the peers that the plan names, where there are any, else from the learner; their names are
+their digests, so it does not matter who sends them. Memory is bounded by the model and one blob of a delta.
 """
 
 from __future__ import annotations
@@ -13,21 +19,37 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import aiohttp
-from blake3 import blake3
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
-from aspo.weights.manifest import BlobRef, Manifest, WeightsError, decode_manifest
-from aspo.weights.store import DTYPE_NAMES, tensor_digest
+from aspo.http import blob_ticket
+from aspo.weights.blobs import BlobStore, file_digest
+from aspo.weights.manifest import (
+    BlobRef,
+    Manifest,
+    Plan,
+    Transfer,
+    WeightsError,
+    decode_manifest,
+    decode_plan,
+)
+from aspo.weights.state import Positions, State
 
 T = TypeVar("T")
 RETRIES = 8
+_RETRY_CEILING_S = 5.0
 _CHUNK = 2**20
+_PARALLEL = 4
+_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=10, sock_read=90)
+_PEER_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=3, sock_read=10)
+_PEER_REST_S = 60.0
 
 
 class Refused(WeightsError):
@@ -35,21 +57,51 @@ class Refused(WeightsError):
 
 
 class VersionGone(Refused):
-    """The version is no longer kept by the learner; take the latest."""
+    """The version is no longer kept by the learner; ask for a plan from nothing."""
+
+
+@dataclass(slots=True)
+class PullStats:
+    """What following cost: totals in bytes, seconds and counts since the start, and the last plan's kind."""
+
+    bytes: int = 0
+    bytes_from_peers: int = 0
+    seconds: float = 0.0
+    retries: int = 0
+    plans: dict[str, int] = field(default_factory=dict)
+    last_bytes: int = 0
+    last_seconds: float = 0.0
+    last_kind: str = ""
+    versions_behind: int = 0
 
 
 class WeightClient:
-    """A verified, resuming reader of one learner's versions; `cache` holds blobs by digest."""
+    """A verified, resuming reader of one learner's versions.
 
-    def __init__(self, url: str, cache: Path, *, token: str | None = None) -> None:
-        self._url, self._cache = url.rstrip("/"), cache
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+    `cache` holds blobs by digest. `name` leases what this client runs, so that the learner keeps the deltas
+    from there; `serves` is the URL at which it offers its blobs to others.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        cache: Path,
+        *,
+        token: str | None = None,
+        name: str | None = None,
+        serves: str | None = None,
+        role: str = "reader",
+    ) -> None:
+        self._role = role
+        self._url, self._token, self._name, self.serves = url.rstrip("/"), token, name, serves
+        self.cache = BlobStore(cache)
+        self.stats = PullStats()
+        self.on_bytes: Callable[[int], None] | None = None  # told of every piece that arrives
         self._session: aiohttp.ClientSession | None = None
-        cache.mkdir(parents=True, exist_ok=True)
+        self._resting: dict[str, float] = {}  # peers that failed, until when they are left alone
 
     async def __aenter__(self) -> Self:
-        timeout = aiohttp.ClientTimeout(total=None, connect=10, sock_read=90)
-        self._session = aiohttp.ClientSession(headers=self._headers, timeout=timeout)
+        self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
         return self
 
     async def __aexit__(
@@ -58,58 +110,83 @@ class WeightClient:
         if self._session is not None:
             await self._session.close()
 
-    async def latest(self, have: str | None = None, wait_s: float = 0.0) -> Manifest | None:
-        """The latest version's manifest, or None if it still is `have` after `wait_s` seconds.
+    async def latest(self, have: str | None = None, wait_s: float = 0.0) -> Plan | None:
+        """The plan for the version to run, or None if it still is `have` after `wait_s` seconds.
 
         Raises `WeightsError` when the learner cannot be reached or answers nonsense.
         """
-        query = {"wait": str(wait_s)} | ({"have": have} if have else {})
-        data = await self._get_json("/v1/weights/latest", query)
-        return None if data is None else decode_manifest(data)
+        query = {"have": have, "client": self._name, "serves": self.serves, "role": self._role}
+        known = {name: value for name, value in query.items() if value is not None}
+        data = await self._get("/v1/weights/latest", known | {"wait": str(wait_s)})
+        if data is None:
+            return None
+        plan = decode_plan(data)
+        if plan.transfers and plan.base not in (None, have):
+            raise WeightsError(f"the plan for {plan.manifest.version} starts from {plan.base}, not {have}")
+        return plan
+
+    async def plan(self, version: str) -> Plan:
+        """The plan for one version from nothing; raises `VersionGone` if it is no longer kept."""
+        data = await self._get(f"/v1/weights/{version}/plan", {})
+        return self._of_version(decode_plan(data or b""), version)
 
     async def manifest(self, version: str) -> Manifest:
         """The manifest of one version; raises `VersionGone` if it is no longer kept."""
-        data = await self._get_json(f"/v1/weights/{version}", {})
-        assert data is not None
-        manifest = decode_manifest(data)
+        data = await self._get(f"/v1/weights/{version}", {})
+        manifest = decode_manifest(data or b"")
         if manifest.version != version:
             raise WeightsError(f"asked for version {version}, got {manifest.version}")
         return manifest
 
-    async def pull(self, manifest: Manifest) -> list[Path]:
-        """Fetch a version's tensor blobs and verify every digest, of blobs and of tensors."""
-        files = [await self._fetch_blob(blob) for blob in manifest.blobs]
-        await asyncio.to_thread(_verify_tensors, manifest, files)
-        return files
+    async def pull(self, plan: Plan) -> list[list[Path]]:
+        """Fetch a plan's blobs and verify their digests; gives the paths of each transfer's blobs."""
+        began, retries = time.monotonic(), self.stats.retries
+        refs = [ref for transfer in plan.transfers for ref in transfer.blobs]
+        paths = dict(zip([ref.digest for ref in refs], await self.fetch(refs, plan.peers), strict=True))
+        stats = self.stats
+        stats.last_bytes, stats.last_seconds, stats.last_kind = plan.size, time.monotonic() - began, plan.kind
+        stats.bytes, stats.seconds = stats.bytes + plan.size, stats.seconds + stats.last_seconds
+        stats.versions_behind, stats.retries = len(plan.transfers), max(retries, stats.retries)
+        stats.plans[plan.kind] = stats.plans.get(plan.kind, 0) + 1
+        return [[paths[ref.digest] for ref in transfer.blobs] for transfer in plan.transfers]
 
-    async def export(self, manifest: Manifest, folder: Path) -> Path:
-        """Write a version as a folder that `from_pretrained` loads."""
-        files = await self.pull(manifest)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, ref in manifest.files.items():
-            shutil.copyfile(await self._fetch_blob(ref), folder / name)
-        names = _weight_file_names(len(files))
-        for source, name in zip(files, names, strict=True):
-            shutil.copyfile(source, folder / name)
-        if len(files) > 1:
-            index = {
-                "metadata": {"total_size": manifest.size},
-                "weight_map": {t.name: names[t.blob] for t in manifest.tensors},
-            }
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
-        return folder
+    async def fetch(self, refs: Sequence[BlobRef], peers: Sequence[str] = ()) -> list[Path]:
+        """Fetch blobs, a few at a time, and verify their digests; gives their paths in the cache."""
+        gate = asyncio.Semaphore(_PARALLEL)
 
-    def forget_all_but(self, manifest: Manifest) -> None:
-        """Delete cached blobs that a version does not use."""
-        used = {ref.digest for ref in (*manifest.blobs, *manifest.files.values())}
-        for path in self._cache.iterdir():
-            if path.name not in used:
-                path.unlink(missing_ok=True)
+        async def one(ref: BlobRef) -> Path:
+            async with gate:
+                return await self._fetch(ref, peers)
 
-    async def _get_json(self, path: str, query: dict[str, str]) -> bytes | None:
+        jobs = {digest: asyncio.create_task(one(ref)) for digest, ref in {r.digest: r for r in refs}.items()}
+        try:
+            await asyncio.gather(*jobs.values())
+        finally:  # one has failed: none may go on writing to files that the next try will resume
+            for job in jobs.values():
+                job.cancel()
+            await asyncio.gather(*jobs.values(), return_exceptions=True)
+        return [jobs[ref.digest].result() for ref in refs]
+
+    async def post(self, path: str, body: object) -> None:
+        """Tell the learner something; raises `WeightsError` if it cannot be told."""
+        assert self._session is not None, "use the client as a context manager"
+        try:
+            headers = self._authorization(self._token)
+            async with self._session.post(self._url + path, json=body, headers=headers) as response:
+                await _check(response)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise WeightsError(f"{self._url}{path}: {error}") from error
+
+    def _of_version(self, plan: Plan, version: str) -> Plan:
+        if plan.manifest.version != version:
+            raise WeightsError(f"asked for version {version}, got {plan.manifest.version}")
+        return plan
+
+    async def _get(self, path: str, query: dict[str, str]) -> bytes | None:
         async def attempt() -> bytes | None:
             assert self._session is not None, "use the client as a context manager"
-            async with self._session.get(self._url + path, params=query) as response:
+            headers = self._authorization(self._token)
+            async with self._session.get(self._url + path, params=query, headers=headers) as response:
                 if response.status == 304:
                     return None
                 await _check(response)
@@ -117,35 +194,60 @@ class WeightClient:
 
         return await self._retry(attempt, path)
 
-    async def _fetch_blob(self, ref: BlobRef) -> Path:
+    async def _fetch(self, ref: BlobRef, peers: Sequence[str]) -> Path:
         """Give the verified blob's path; a cut download goes on where it stopped."""
-        path = self._cache / ref.digest
-        if path.is_file() and await asyncio.to_thread(_file_digest, path) == ref.digest:
+        path = self.cache.folder / ref.digest
+        if self.cache.has(ref) and await asyncio.to_thread(self.cache.verify, ref.digest) is not None:
             return path
         partial = path.with_suffix(".part")
-
-        async def attempt() -> None:
-            await self._resume(ref, partial)
-            digest = await asyncio.to_thread(_file_digest, partial)
-            if digest != ref.digest:
-                partial.unlink()
-                raise WeightsError(f"blob {ref.digest[:12]} arrived corrupted")
-
-        await self._retry(attempt, f"/v1/blobs/{ref.digest[:12]}")
+        if not await self._fetch_from_peers(ref, partial, peers):
+            await self._retry(lambda: self._download(self._url, ref, partial), f"/v1/blobs/{ref.digest[:12]}")
         os.replace(partial, path)
         return path
 
-    async def _resume(self, ref: BlobRef, partial: Path) -> None:
+    async def _fetch_from_peers(self, ref: BlobRef, partial: Path, peers: Sequence[str]) -> bool:
+        """Try each peer once; one that fails or lies is left alone for a while."""
+        now = time.monotonic()
+        for peer in peers:
+            if self._resting.get(peer, 0.0) > now or peer == self.serves:
+                continue
+            try:
+                async with asyncio.timeout(_PEER_REST_S):
+                    await self._download(peer.rstrip("/"), ref, partial, peer=True)
+            except (aiohttp.ClientError, TimeoutError, ValueError, WeightsError):
+                self._resting[peer] = time.monotonic() + _PEER_REST_S
+                continue
+            self.stats.bytes_from_peers += ref.size
+            return True
+        return False
+
+    async def _download(self, url: str, ref: BlobRef, partial: Path, *, peer: bool = False) -> None:
+        await self._resume(url, ref, partial, peer=peer)
+        if await asyncio.to_thread(file_digest, partial) != ref.digest:
+            partial.unlink()
+            raise WeightsError(f"blob {ref.digest[:12]} arrived corrupted")
+
+    async def _resume(self, url: str, ref: BlobRef, partial: Path, *, peer: bool) -> None:
         assert self._session is not None, "use the client as a context manager"
         have = partial.stat().st_size if partial.exists() else 0
         if have == ref.size:
+            partial.touch()
             return
-        headers = {"Range": f"bytes={have}-", "If-Range": f'"{ref.digest}"'} if 0 < have < ref.size else {}
-        async with self._session.get(f"{self._url}/v1/blobs/{ref.digest}", headers=headers) as response:
+        # A peer is not trusted with the token: a ticket opens this one blob.
+        token = blob_ticket(self._token, ref.digest) if peer and self._token else self._token
+        headers = self._authorization(token)
+        if 0 < have < ref.size:
+            headers |= {"Range": f"bytes={have}-", "If-Range": f'"{ref.digest}"'}
+        timeout = _PEER_TIMEOUT if peer else _TIMEOUT
+        async with self._session.get(
+            f"{url}/v1/blobs/{ref.digest}", headers=headers, timeout=timeout, allow_redirects=False
+        ) as response:
             await _check(response)
             with partial.open("ab" if response.status == 206 else "wb") as file:
                 async for chunk in response.content.iter_chunked(_CHUNK):
                     file.write(chunk)
+                    if self.on_bytes is not None:
+                        self.on_bytes(len(chunk))
                     if file.tell() > ref.size:
                         break
         received = partial.stat().st_size
@@ -153,7 +255,10 @@ class WeightClient:
             raise WeightsError(f"blob {ref.digest[:12]} was cut off after {received} of {ref.size} bytes")
         if received > ref.size:
             partial.unlink()
-            raise WeightsError(f"blob {ref.digest[:12]} is larger than its manifest says")
+            raise WeightsError(f"blob {ref.digest[:12]} is larger than its plan says")
+
+    def _authorization(self, token: str | None) -> dict[str, str]:
+        return {"Authorization": f"Bearer {token}"} if token else {}
 
     async def _retry(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
         last: Exception | None = None
@@ -164,49 +269,116 @@ class WeightClient:
                 raise
             except (aiohttp.ClientError, TimeoutError, WeightsError) as error:
                 last = error
-            await asyncio.sleep(min(5.0, 0.1 * 2**count) * random.uniform(0.5, 1.0))
+            except OSError as error:
+                raise WeightsError(
+                    f"cannot write to {self.cache.folder}: {error.strerror}; free space or mend permissions"
+                ) from error
+            self.stats.retries += 1
+            await asyncio.sleep(min(_RETRY_CEILING_S, 0.1 * 2**count) * random.uniform(0.5, 1.0))
+        if isinstance(last, aiohttp.ClientConnectionError):
+            raise WeightsError(
+                f"no learner answers at {self._url}, asked {RETRIES} times for {what}; start one, or "
+                "mend the URL"
+            ) from last
         raise WeightsError(f"{self._url}{what}: {last or 'no answer'} (after {RETRIES} tries)") from last
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What `Mirror.follow` did: the positions that changed per tensor, None for all of a tensor.
+
+    `base` is the version that they changed from; None if everything was replaced, and then `files` are
+    safetensors files of the whole if those exist already.
+    """
+
+    version: str
+    base: str | None
+    changes: dict[str, Positions | None]
+    files: tuple[Path, ...] = ()
+
+
+class Mirror:
+    """A verified copy of one version in memory, moved on by plans; after a failure it is of no version."""
+
+    def __init__(self, client: WeightClient) -> None:
+        self._client = client
+        self.state = State({})
+        self.manifest: Manifest | None = None
+
+    @property
+    def version(self) -> str | None:
+        """The version held, None before the first and after a failure: the next plan starts from nothing."""
+        return self.state.version
+
+    async def follow(self, plan: Plan) -> Update:
+        """Pull a plan and move to its version; raises `WeightsError`, the state then as it was or of none."""
+        paths = await self._client.pull(plan)
+        base = self.version
+        if plan.base != base:
+            base = None
+        update = await asyncio.to_thread(self._move, plan, paths, base)
+        self.manifest = plan.manifest
+        used = {ref.digest for transfer in plan.transfers for ref in transfer.blobs}
+        self._client.cache.keep_only(used | {ref.digest for ref in plan.manifest.files.values()})
+        return update
+
+    def _move(self, plan: Plan, paths: list[list[Path]], base: str | None) -> Update:
+        changes: dict[str, Positions | None] = {}
+        for transfer, files in zip(plan.transfers, paths, strict=True):
+            if transfer.base is None:
+                self.state = State({})  # before the next is loaded: there is room for one
+                self.state = _load(transfer, files)
+                continue
+            blobs = [path.read_bytes() for path in files]
+            for name, positions in self.state.advance(transfer, blobs).items():
+                changes[name] = _union(changes[name], positions) if name in changes else positions
+        if self.version != plan.manifest.version:
+            raise WeightsError(f"the plan for {plan.manifest.version} led to {self.version}")
+        if base is None:
+            self.state.verify(plan.manifest)
+        whole = tuple(paths[0]) if plan.kind == "snapshot" else ()
+        return Update(plan.manifest.version, base, changes, whole)
+
+
+async def export(client: WeightClient, plan: Plan, folder: Path) -> Mirror:
+    """Write a version as a folder that `from_pretrained` loads; returns the verified copy in memory."""
+    mirror = Mirror(client)
+    refs = list(plan.manifest.files.values())
+    sources = await client.fetch(refs, plan.peers)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, source in zip(plan.manifest.files, sources, strict=True):
+        shutil.copyfile(source, folder / name)
+    await mirror.follow(plan)
+    await asyncio.to_thread(mirror.state.save, folder)
+    return mirror
+
+
+def _load(transfer: Transfer, files: Sequence[Path]) -> State:
+    state = State.load(files)
+    state.version = transfer.version
+    return state
+
+
+def _union(first: Positions | None, second: Positions | None) -> Positions | None:
+    return None if first is None or second is None else np.union1d(first, second)
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status in (200, 206):
         return
-    text = (await response.content.read(4096)).decode(errors="replace")
-    message = f"{response.url} answered {response.status}: {text[:300]}"
-    if response.status == 410 or "no_blob" in text:
+    code, text = _error_of(await response.content.read(4096))
+    message = f"{response.url.origin()} answered {response.status}: {text}"
+    if response.status == 410 or code == "no_blob":
         raise VersionGone(message)
-    if 400 <= response.status < 500 and "no_version" not in text:
-        raise Refused(f"{message}; check the learner's URL and the token")
+    if 400 <= response.status < 500 and code != "no_version":
+        raise Refused(f"{message} (check the learner's URL and the token)")
     raise WeightsError(message)
 
 
-def _verify_tensors(manifest: Manifest, files: list[Path]) -> None:
-    """Check names, types, shapes and contents of all tensors against the manifest."""
-    for blob, path in enumerate(files):
-        expected = {tensor.name: tensor for tensor in manifest.tensors if tensor.blob == blob}
-        try:
-            with safe_open(path, framework="pt") as handle:
-                if set(handle.keys()) != set(expected):
-                    raise WeightsError(
-                        f"{manifest.version}: a blob holds other tensors than its manifest lists"
-                    )
-                for name, info in expected.items():
-                    _verify_tensor(handle.get_tensor(name), info, manifest.version)
-        except SafetensorError as error:
-            raise WeightsError(f"{manifest.version}: a blob is not safetensors: {error}") from None
-
-
-def _verify_tensor(tensor: Any, info: Any, version: str) -> None:
-    found = (DTYPE_NAMES.get(tensor.dtype), tuple(tensor.shape), tensor_digest(tensor))
-    if found != (info.dtype, info.shape, info.digest):
-        raise WeightsError(f"{version}: tensor {info.name} does not match its digest")
-
-
-def _file_digest(path: Path) -> str:
-    return blake3(max_threads=blake3.AUTO).update_mmap(path).hexdigest()
-
-
-def _weight_file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+def _error_of(body: bytes) -> tuple[str, str]:
+    """The code, and the message with its hint, of an error answer, or whatever text it holds."""
+    try:
+        error = json.loads(body)["error"]
+        return str(error["code"]), f"{error['message']}; {error['hint']}"
+    except (ValueError, KeyError, TypeError):
+        return "", body.decode(errors="replace")[:300]

@@ -1,13 +1,15 @@
-"""A manifest names everything that makes up one policy version, each part by its digest.
+"""What the weight plane says on the wire: the manifest of a version, and the plan by which to reach it.
 
-Blobs are immutable and named by the blake3 digest of their bytes, so a manifest never changes meaning.
-`kind` is "snapshot" (all tensors, in safetensors blobs); a delta would name its `base`.
+A manifest names everything that makes up one policy version, each part by its digest. A transfer is one way
+to reach a version: all of its tensors (a snapshot), or the changes from a base (a delta). A plan is the
+cheapest chain of transfers from what the caller has to what it should run. Blobs are immutable and named by
+the blake3 digest of their bytes, so none of these ever changes meaning.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -18,6 +20,7 @@ from aspo.schemas import PolicyVersion
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$")]
+VersionName = Annotated[str, msgspec.Meta(min_length=5, max_length=100)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**50)]
 
 DIGEST_PATTERN = re.compile(r"[0-9a-f]{64}")
@@ -28,6 +31,14 @@ class WeightsError(AspoError, RuntimeError):
     """Weights cannot be stored, fetched or trusted; the text says which and why."""
 
 
+class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A message that is encoded as JSON."""
+
+    def encode(self) -> bytes:
+        """Give the message as JSON."""
+        return msgspec.json.encode(self)
+
+
 class BlobRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One content-addressed blob; size in bytes."""
 
@@ -36,55 +47,114 @@ class BlobRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor: safetensors dtype name, shape, digest of its raw bytes, index of its blob."""
+    """One tensor: safetensors dtype name, shape, digest of its raw bytes."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
     dtype: Annotated[str, msgspec.Meta(max_length=16)]
     shape: tuple[Size, ...]
     digest: Digest
-    blob: Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One version: tensors in safetensors blobs, and the config and tokenizer files to load them with."""
+class Manifest(_Wire, frozen=True, kw_only=True):
+    """One version: its tensors, and the config and tokenizer files to load them with.
 
-    version: str
-    kind: Literal["snapshot"] = "snapshot"
-    base: str | None = None
+    `parent` is the version published before it; `changed_fraction` is the share of elements that differ from
+    the parent's, None where they were not compared; `config_digest` covers `files`.
+    """
+
+    version: VersionName
+    parent: VersionName | None = None
     state_digest: Digest
+    config_digest: Digest
+    changed_fraction: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     tensors: tuple[TensorInfo, ...]
-    blobs: tuple[BlobRef, ...]
     files: dict[FileName, BlobRef]
-    schema: Literal[1] = 1
+    schema: Literal[2] = 2
 
     @property
     def policy_version(self) -> PolicyVersion:
         """The parsed version."""
         return PolicyVersion.parse(self.version)
 
+
+class Transfer(_Wire, frozen=True, kw_only=True):
+    """The blobs that lead to a version: delta blobs from `base`, or safetensors blobs if there is none."""
+
+    version: VersionName
+    base: VersionName | None = None
+    blobs: tuple[BlobRef, ...]
+
+    @property
+    def kind(self) -> Literal["snapshot", "delta"]:
+        """Whether it holds all tensors or changes."""
+        return "snapshot" if self.base is None else "delta"
+
     @property
     def size(self) -> int:
-        """Bytes of all its tensor blobs."""
+        """Bytes of its blobs."""
         return sum(blob.size for blob in self.blobs)
 
-    def encode(self) -> bytes:
-        """Give the manifest as JSON."""
-        return msgspec.json.encode(self)
+
+class Plan(_Wire, frozen=True, kw_only=True):
+    """How to get from what the caller has to `manifest.version`: transfers in order, and who else has them.
+
+    `trial` says that no one else runs the version yet, and that the learner waits for the caller's report.
+    """
+
+    manifest: Manifest
+    trial: bool = False
+    transfers: tuple[Transfer, ...]
+    peers: tuple[Annotated[str, msgspec.Meta(max_length=300)], ...] = ()
+    schema: Literal[2] = 2
+
+    @property
+    def base(self) -> str | None:
+        """The version it starts from, None if it needs none."""
+        return self.transfers[0].base if self.transfers else self.manifest.version
+
+    @property
+    def kind(self) -> str:
+        """`snapshot`, `delta`, or `snapshot+deltas`."""
+        first = self.transfers[0].kind if self.transfers else "delta"
+        return "snapshot+deltas" if first == "snapshot" and len(self.transfers) > 1 else first
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its transfers."""
+        return sum(transfer.size for transfer in self.transfers)
 
 
 def decode_manifest(data: bytes) -> Manifest:
     """Read a manifest and check that it is whole; raises `WeightsError`."""
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise WeightsError(f"manifest of {len(data)} bytes exceeds {MAX_MANIFEST_BYTES}")
-    try:
-        manifest = msgspec.json.decode(data, type=Manifest)
-        PolicyVersion.parse(manifest.version)
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as error:
-        raise WeightsError(f"not a weights manifest: {error}") from None
-    if any(tensor.blob >= len(manifest.blobs) for tensor in manifest.tensors):
-        raise WeightsError(f"manifest of {manifest.version} names a blob that it does not list")
+    return check_manifest(_decode(data, Manifest, "a weights manifest"))
+
+
+def decode_transfer(data: bytes) -> Transfer:
+    """Read a transfer; raises `WeightsError`."""
+    transfer: Transfer = _decode(data, Transfer, "a weights transfer")
+    _parse(transfer.version, *([transfer.base] if transfer.base else []))
+    return transfer
+
+
+def decode_plan(data: bytes) -> Plan:
+    """Read a plan and check that its transfers form a chain to its version; raises `WeightsError`."""
+    plan: Plan = _decode(data, Plan, "a weights plan")
+    check_manifest(plan.manifest)
+    for before, after in zip(plan.transfers, plan.transfers[1:], strict=False):
+        if after.base != before.version:
+            raise WeightsError(f"the plan for {plan.manifest.version} breaks off at {before.version}")
+    if plan.transfers and plan.transfers[-1].version != plan.manifest.version:
+        raise WeightsError(f"the plan for {plan.manifest.version} leads to {plan.transfers[-1].version}")
+    return plan
+
+
+def check_manifest(manifest: Manifest) -> Manifest:
+    """Check that a manifest's digests cover what it lists; raises `WeightsError`."""
+    _parse(manifest.version, *([manifest.parent] if manifest.parent else []))
     if state_digest(manifest.tensors) != manifest.state_digest:
         raise WeightsError(f"manifest of {manifest.version}: its tensors do not match its state digest")
+    if config_digest(manifest.files) != manifest.config_digest:
+        raise WeightsError(f"manifest of {manifest.version}: its files do not match its config digest")
     return manifest
 
 
@@ -92,3 +162,26 @@ def state_digest(tensors: Iterable[TensorInfo]) -> str:
     """Digest of a whole state: names, types, shapes and contents, in the order of the names."""
     rows: list[Any] = sorted((t.name, t.dtype, list(t.shape), t.digest) for t in tensors)
     return blake3(msgspec.json.encode(rows)).hexdigest()
+
+
+def config_digest(files: Mapping[str, BlobRef]) -> str:
+    """Digest of the config and tokenizer files, in the order of their names."""
+    rows: list[Any] = sorted((name, ref.digest) for name, ref in files.items())
+    return blake3(msgspec.json.encode(rows)).hexdigest()
+
+
+def _decode(data: bytes, kind: Any, what: str) -> Any:
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise WeightsError(f"{what} of {len(data)} bytes exceeds {MAX_MANIFEST_BYTES}")
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise WeightsError(f"not {what}: {error}") from None
+
+
+def _parse(*versions: str) -> None:
+    try:
+        for version in versions:
+            PolicyVersion.parse(version)
+    except ValueError as error:
+        raise WeightsError(f"not a weights manifest: {error}") from None
