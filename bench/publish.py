@@ -74,6 +74,8 @@ def learner(folder: Path, pipe: Connection) -> None:
     app.include_router(weight_routes(store, leases))
     app.include_router(blob_routes(store.blobs))
     ids = torch.randint(0, VOCABULARY, (2, 64))
+    announced: list[float] = []
+    store.on_move(lambda: announced.append(time.monotonic()))
 
     def step() -> float:
         policy.model(input_ids=ids, labels=ids).loss.backward()
@@ -90,7 +92,7 @@ def learner(folder: Path, pipe: Connection) -> None:
                 pipe.send(step())
                 publisher.publish(number)
                 publisher.wait()
-                pipe.send(publisher.metrics)
+                pipe.send((publisher.metrics, announced[-1]))
             else:
                 pipe.send(step())
                 copy = type(policy.model)(policy.model.config).to(torch.bfloat16)
@@ -135,13 +137,19 @@ async def publish_once(pipe: Connection, sync: Any, engine: Any, client: Any) ->
     ended = await asyncio.to_thread(pipe.recv)
     await following
     live = sync.stats.live_at
-    metrics = await asyncio.to_thread(pipe.recv)
+    metrics, stored = await asyncio.to_thread(pipe.recv)
+    timings = sync.stats.timings
     assert engine.version != before
     return {
         "seconds": live - ended,
         "paused": sync.stats.pause_seconds,
         "pull": sync.stats.pull_seconds,
         "apply": sync.stats.apply_seconds,
+        "stored": stored - ended,
+        "stage": timings.check_s,
+        "to_pause": timings.pause_s,
+        "write": timings.apply_s,
+        "probe": timings.probe_s,
         "bytes": client.stats.last_bytes,
         "changed": metrics["weights_changed_fraction"],
     }

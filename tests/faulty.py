@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
+
 from aspo_actor.vllm_plugin import AspoWorkerExtension
 
 
@@ -23,7 +24,7 @@ class FaultyExtension(AspoWorkerExtension):
             identity, writes = engine._staged
             middle = writes[len(writes) // 2]
             beyond = torch.full((1,), len(middle.block.memory))
-            bad = dataclasses.replace(middle, where=beyond, values=middle.block.memory[:1])
+            bad = dataclasses.replace(middle, where=beyond, values=middle.block.memory[:1].clone())
             engine._staged = identity, [*writes[: len(writes) // 2], bad]
 
         engine.stage = stage

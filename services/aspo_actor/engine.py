@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -225,7 +225,7 @@ class RolloutEngine:
     async def probe(self, timeout_s: float) -> None:
         """Generate one token; if none comes within `timeout_s` seconds, raise `EngineError` and give up.
 
-        An update in progress is waited for first; a damaged engine raises without being given up. While
+        An update in progress is waited for first. A damaged engine raises too, without being given up. While
         running requests fill every slot a token would have to queue, so an answer from the loop that steps
         the model stands in for it.
         """
@@ -233,6 +233,9 @@ class RolloutEngine:
             self._require_healthy()
             try:
                 await self._probe(timeout_s)
+            except _NotFiniteError as error:
+                await self._suspend(str(error))
+                raise
             except EngineError as error:
                 await self._give_up(str(error))
                 raise
@@ -249,9 +252,8 @@ class RolloutEngine:
                 raise EngineError(self.failure)
             names = [str(Path(file).resolve()) for file in files]
             began = time.perf_counter()
-            with self._checking(version):
-                async with asyncio.timeout(_PROBE_TIMEOUT_S):
-                    reasons = await self._client.collective_rpc("aspo_check_weights", args=(names,))
+            async with self._checking(version), asyncio.timeout(_PROBE_TIMEOUT_S):
+                reasons = await self._client.collective_rpc("aspo_check_weights", args=(names,))
             _refuse(version, reasons)
             return await self._replace({"files": names}, version, began)
 
@@ -267,7 +269,7 @@ class RolloutEngine:
                 _refuse(version, [f"the patch is to {base} and the engine runs {self._version}"])
             name = str(Path(patch).resolve())
             began = time.perf_counter()
-            with self._checking(version):
+            async with self._checking(version):
                 _refuse(version, await self._beside("aspo_stage_patch", name))
             return await self._replace({"patch": name}, version, began)
 
@@ -309,16 +311,16 @@ class RolloutEngine:
             self._client.output_handler.cancel()
         await asyncio.to_thread(self._client.shutdown, _SHUTDOWN_S)
 
-    @contextlib.contextmanager
-    def _checking(self, version: str) -> Iterator[None]:
-        """Have the engine given up when it fails before the weights are touched."""
+    @contextlib.asynccontextmanager
+    async def _checking(self, version: str) -> AsyncIterator[None]:
+        """Give the engine up when it fails before the weights are touched."""
         try:
             yield
         except WeightsRefusedError:
             raise
         except Exception as error:
-            self._failure = f"weights {version} could not be checked: {one_line(error)}"
-            raise EngineError(self._failure) from error
+            await self._give_up(f"weights {version} could not be checked: {one_line(error)}")
+            raise EngineError(self.failure) from error
 
     async def _beside(self, call: str, argument: Any) -> list[Any]:
         """Have every worker do something beside the sampling, and return their answers."""

@@ -54,8 +54,12 @@ def make_packed(model: torch.nn.Module) -> None:
             module.quant_method = PackedLinearMethod()
         elif type(method) is UnquantizedEmbeddingMethod:
             # Without a head of its own a model multiplies by its embedding.
-            head = isinstance(module, ParallelLMHead) or not has_head
-            module.quant_method = PackedHeadMethod() if head else PlainEmbeddingMethod()
+            if isinstance(module, ParallelLMHead) or not has_head:
+                module.quant_method = PackedHeadMethod()
+            else:
+                module.quant_method = PlainEmbeddingMethod()
+                # At once, for a rank without a row of the vocabulary loads nothing.
+                module.quant_method.process_weights_after_loading(module)
 
 
 def repack_heads(model: torch.nn.Module) -> None:

@@ -14,14 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from aspo.schemas import PolicyVersion
 from aspo.weights.client import Mirror, PullStats, Update, VersionGone, WeightClient
 from aspo.weights.manifest import WeightsError
-from aspo.weights.state import Positions, State
 from aspo_actor.engine import EngineError, RolloutEngine, UpdateTimings, WeightsRefusedError
 from aspo_actor.patch import write_patch
 from aspo_actor.trial import Trials
@@ -49,6 +44,7 @@ class SyncStats:
     apply_seconds: float = 0.0
     pause_seconds: float = 0.0
     live_at: float = 0.0
+    timings: UpdateTimings | None = None
 
 
 class WeightSync:
@@ -128,6 +124,7 @@ class WeightSync:
             self.stats.live_at = time.monotonic()
             self.stats.apply_seconds = self.stats.live_at - began
             self.stats.pause_seconds = timings.pause_s + timings.apply_s
+            self.stats.timings = timings
             await self._audit()
         except EngineError as error:
             if not self._engine.recoverable:
@@ -143,8 +140,7 @@ class WeightSync:
         if update.base is None or update.base != self._engine.version:
             return await self._load(update.files)
         path = self._folder / "patch.safetensors"
-        changes = _changes(self._mirror.state, update.changes)
-        await asyncio.to_thread(write_patch, path, changes)
+        await asyncio.to_thread(write_patch, path, update.changes)
         try:
             timings = await self._engine.apply_patch(path, update.base, update.version)
         except WeightsRefusedError as error:
@@ -205,21 +201,6 @@ class WeightSync:
             await self._engine.condemn(f"{manifest.version}: {wrong[0]} in the engine is not as published")
             raise EngineError(f"{manifest.version}: {wrong[0]} in the engine is not as published")
         self.stats.audited += len(found)
-
-
-def _changes(
-    state: State, positions: dict[str, Positions | None]
-) -> dict[str, tuple[Positions | None, Tensor]]:
-    """Give the changed tensors' positions and the values that are there now."""
-    found: dict[str, tuple[Positions | None, Tensor]] = {}
-    for name, where in positions.items():
-        tensor = state.tensors[name]
-        if where is None:
-            found[name] = None, tensor
-            continue
-        index = torch.from_numpy(where.astype(np.int64, copy=False))
-        found[name] = where, tensor.reshape(-1)[index]
-    return found
 
 
 def _rounds(mirror: Mirror) -> Iterator[list[str]]:

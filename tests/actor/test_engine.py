@@ -16,6 +16,7 @@ import psutil
 import pytest
 import pytest_asyncio
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
@@ -23,7 +24,6 @@ from aspo.config import EngineConfig
 from aspo_actor import engine_settings
 from aspo_actor.engine import Completion, EngineError, RolloutEngine, WeightsRefusedError
 from aspo_actor.patch import write_patch
-from blake3 import blake3
 from models import char_tokenizer, save_model
 
 pytestmark = [
@@ -68,7 +68,7 @@ async def running(model: Path, version: str, dtype: str = "float32") -> AsyncIte
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(folder: Path) -> AsyncIterator[RolloutEngine]:
-    """An engine started on `tied-0`, whose updates can be made to fail; tests that need weights call `serve`."""
+    """An engine started on `tied-0`; tests that need weights call `serve`, and can make an update fail."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_settings, "EXTENSION", "faulty.FaultyExtension")
         async with running(folder / "tied-0", "test/0/0") as started:
@@ -76,12 +76,12 @@ async def engine(folder: Path) -> AsyncIterator[RolloutEngine]:
 
 
 async def serve(engine: RolloutEngine, model: Path, version: str) -> None:
-    if engine.version != version:
+    if engine.version != version or not engine.healthy:
         await engine.apply_weights([model / "model.safetensors"], version)
 
 
 def change(model: Path, target: Path, seed: int) -> tuple[Path, Path]:
-    """Change 2 % of every matrix of `model` and all of its vectors; returns the new model and the patch to it."""
+    """Change 2 % of every matrix of `model` and all of its vectors: the new model, and the patch to it."""
     shutil.copytree(model, target)
     tensors, generator = load_file(model / "model.safetensors"), torch.Generator().manual_seed(seed)
     changes: dict[str, tuple[np.ndarray | None, torch.Tensor]] = {}
@@ -444,6 +444,7 @@ async def test_an_update_that_fails_midway_is_mended_by_a_complete_one(
 async def test_a_condemned_engine_drops_its_requests_until_it_is_mended(
     engine: RolloutEngine, folder: Path
 ) -> None:
+    await serve(engine, folder / "tied-1", "test/0/1")
     sampling = asyncio.create_task(engine.sample(PROMPT, n=16, max_tokens=200, temperature=2.0))
     await engine.score(PROMPT)
     await engine.condemn("a digest is wrong")
@@ -582,7 +583,7 @@ async def test_a_model_that_cannot_be_patched_takes_complete_updates(folder: Pat
         if half.unpatchable is None:
             pytest.skip("this CPU packs half precision")
         _, patch = change(folder / "tied-0", tmp_path / "new", 1)
-        with pytest.raises(WeightsRefusedError, match="takes no patches: .* is packed in a way"):
+        with pytest.raises(WeightsRefusedError, match=r"takes no patches: .* is packed in a way"):
             await half.apply_patch(patch, "test/0/0", "test/0/1")
         await half.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
         expected = oracle_score(folder / "tied-1", PROMPT)

@@ -85,24 +85,29 @@ def find_unsound(start, stop, lengths, table, ends, gaps, steps):  # type: ignor
 def add_changes(codes, first, gaps, steps, planes, positions, values):  # type: ignore[no-untyped-def]
     """Add a sound segment's steps to its codes; `positions` (plus `first`) and `values` receive what is new.
 
-    A gap's escape rewrites the code on which it lands, so that no branch depends on the gaps.
+    First all positions, then the codes, so that cache misses overlap. No branch depends on the gaps: what an
+    escape writes the next gap overwrites, and a sound segment does not end in an escape.
     """
     done, escaped, at = 0, 0, np.int64(0)
     for i in range(gaps.size):
-        at += np.int64(gaps[i])
-        taken = gaps[i] != ESCAPE
-        code = uint64(_step(steps, done)) * uint64(taken)
+        gap = np.int64(gaps[i])
+        at += gap
+        taken = gap != ESCAPE
+        positions[uint64(done)] = at
+        done += taken
+        at += taken
+    for i in range(done):
+        code = uint64(_step(steps, i))
         if code == uint64(WIDE):
             code = uint64(0)
             for plane in range(codes.itemsize):
                 code |= uint64(planes[plane, escaped]) << uint64(8 * plane)
             escaped += 1
+        at = positions[uint64(i)]
         value = uint64(codes[uint64(at)]) + ((code >> uint64(1)) ^ (uint64(0) - (code & uint64(1))))
         codes[uint64(at)] = value
-        values[done] = value
-        positions[done] = first + at
-        done += taken
-        at += taken
+        values[uint64(i)] = value
+        positions[uint64(i)] = first + at
 
 
 @njit(nogil=True)

@@ -15,6 +15,7 @@ their digests, so it does not matter who sends them. Memory is bounded by the mo
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import os
 import random
@@ -28,9 +29,12 @@ from typing import Self, TypeVar
 
 import aiohttp
 import numpy as np
+import torch
+from torch import Tensor
 
 from aspo.http import blob_ticket
 from aspo.weights.blobs import BlobStore, file_digest
+from aspo.weights.delta import Change
 from aspo.weights.manifest import (
     BlobRef,
     Manifest,
@@ -40,7 +44,7 @@ from aspo.weights.manifest import (
     decode_manifest,
     decode_plan,
 )
-from aspo.weights.state import Positions, State
+from aspo.weights.state import State
 
 T = TypeVar("T")
 RETRIES = 8
@@ -285,7 +289,7 @@ class WeightClient:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What `Mirror.follow` did: the positions that changed per tensor, None for all of a tensor.
+    """What `Mirror.follow` did: the positions that changed and their new values, by tensor.
 
     `base` is the version that they changed from; None if everything was replaced, and then `files` are
     safetensors files of the whole if those exist already.
@@ -293,7 +297,7 @@ class Update:
 
     version: str
     base: str | None
-    changes: dict[str, Positions | None]
+    changes: dict[str, Change]
     files: tuple[Path, ...] = ()
 
 
@@ -323,15 +327,18 @@ class Mirror:
         return update
 
     def _move(self, plan: Plan, paths: list[list[Path]], base: str | None) -> Update:
-        changes: dict[str, Positions | None] = {}
+        changes: dict[str, Change] = {}
         for transfer, files in zip(plan.transfers, paths, strict=True):
             if transfer.base is None:
                 self.state = State({})  # before the next is loaded: there is room for one
                 self.state = _load(transfer, files)
                 continue
             blobs = [path.read_bytes() for path in files]
-            for name, positions in self.state.advance(transfer, blobs).items():
-                changes[name] = _union(changes[name], positions) if name in changes else positions
+            found = self.state.advance(transfer, blobs, last=transfer is plan.transfers[-1])
+            changes = {
+                name: _composed(self.state.tensors[name], [c[name] for c in (changes, found) if name in c])
+                for name in changes.keys() | found.keys()
+            }
         if self.version != plan.manifest.version:
             raise WeightsError(f"the plan for {plan.manifest.version} led to {self.version}")
         if base is None:
@@ -359,8 +366,15 @@ def _load(transfer: Transfer, files: Sequence[Path]) -> State:
     return state
 
 
-def _union(first: Positions | None, second: Positions | None) -> Positions | None:
-    return None if first is None or second is None else np.union1d(first, second)
+def _composed(tensor: Tensor, changes: Sequence[Change]) -> Change:
+    """One change for several in a row, of which `tensor` is the result."""
+    if len(changes) == 1:
+        return changes[0]
+    positions = [change.positions for change in changes if change.positions is not None]
+    if len(positions) < len(changes):
+        return Change(None, tensor)
+    union = functools.reduce(np.union1d, positions)
+    return Change(union, tensor.reshape(-1)[torch.from_numpy(union)])
 
 
 async def _check(response: aiohttp.ClientResponse) -> None:

@@ -7,6 +7,7 @@ app.include_router(blob_routes(store.blobs))        # this alone where a cache i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import os
 import re
@@ -29,6 +30,7 @@ from aspo.weights.store import WeightStore
 MAX_WAIT_S = 60.0
 _COMPRESS_FROM = 1024
 _SLICE = 2**20
+_PEERS_FROM = 4 * 2**20  # bytes; what is less is sooner fetched than asked around for
 _KEPT_ANSWERS = 64
 
 
@@ -68,7 +70,7 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
 
     Source: RFC 9110, section 14. Several ranges at once are answered with the whole.
     """
-    match = re.fullmatch(r"bytes=(\d*)-(\d*)", header.replace(" ", ""))
+    match = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", header.replace(" ", ""))
     if match is None or not (match[1] or match[2]):
         return None
     if not match[1]:
@@ -105,6 +107,7 @@ class _Moves:
         self._store = store
         self._loop: asyncio.AbstractEventLoop | None = None
         self._moved = asyncio.Event()
+        self._watching: asyncio.Task[None] | None = None
         store.on_move(self._announce)
 
     def _announce(self) -> None:
@@ -115,21 +118,26 @@ class _Moves:
         moved, self._moved = self._moved, asyncio.Event()
         moved.set()
 
+    async def _wake_at(self, closing: asyncio.Event) -> None:
+        await closing.wait()
+        self._wake()
+
     async def other_than(
         self, have: str | None, client: str | None, wait_s: float, closing: asyncio.Event
     ) -> PolicyVersion | None:
         """The client's target once it is not `have`; None after `wait_s` s or when the server closes."""
-        self._loop = asyncio.get_running_loop()
-        deadline = self._loop.time() + wait_s
-        while True:
-            moved, target = self._moved, self._store.target(client)
-            left = deadline - self._loop.time()
-            if (target is not None and str(target) != have) or left <= 0 or closing.is_set():
-                return None if target is None or str(target) == have else target
-            signals = [asyncio.create_task(event.wait()) for event in (moved, closing)]
-            await asyncio.wait(signals, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for signal in signals:
-                signal.cancel()
+        if self._watching is None:
+            self._loop = asyncio.get_running_loop()
+            self._watching = self._loop.create_task(self._wake_at(closing))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(wait_s):
+                while True:
+                    moved, target = self._moved, self._store.target(client)
+                    if closing.is_set() or (target is not None and str(target) != have):
+                        break
+                    await moved.wait()
+        target = self._store.target(client)
+        return None if target is None or str(target) == have else target
 
 
 class _Answers:
@@ -153,16 +161,14 @@ def blob_routes(blobs: BlobStore) -> APIRouter:
     router = APIRouter(tags=["weights"], dependencies=[require(Scope.BLOB)])
 
     @router.get("/v1/blobs/{digest}")
-    async def blob(
-        digest: str,
-        wanted: Annotated[str | None, Header(alias="range", max_length=100)] = None,
-        if_range: Annotated[str | None, Header()] = None,
-    ) -> Response:
+    async def blob(request: Request) -> Response:
         """The bytes of one blob; honours a single Range, and If-Range."""
+        digest, headers = request.path_params["digest"], request.headers
         path = blobs.path(digest)
         if path is None:
             raise ApiError(404, "no_blob", "no such blob", "take a digest from the latest plan")
-        return BlobResponse(path, digest, wanted if if_range in (None, f'"{digest}"') else None)
+        current = headers.get("if-range") in (None, f'"{digest}"')
+        return BlobResponse(path, digest, headers.get("range") if current else None)
 
     return router
 
@@ -202,7 +208,7 @@ def weight_routes(store: WeightStore, leases: Leases) -> APIRouter:
         plan = Plan(
             manifest=plan.manifest,
             transfers=plan.transfers,
-            peers=leases.peers(version, client),
+            peers=leases.peers(version, client) if plan.size >= _PEERS_FROM else (),
             trial=version != store.live(),
         )
         return answers.give(plan, have, request)

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import safetensors.torch
 import torch
 from blake3 import blake3
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from aspo.weights.delta import apply_delta, describe_delta
+from aspo.weights.delta import Change, apply_delta, describe_delta
 from aspo.weights.manifest import Manifest, TensorInfo, Transfer, WeightsError
 
 MAX_BLOB_BYTES = 2**30
@@ -31,7 +29,6 @@ DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-Positions = NDArray[np.integer]
 
 
 class State:
@@ -73,16 +70,17 @@ class State:
                 raise WeightsError(f"{manifest.version}: tensor {found.name} does not match its digest")
         self.version = manifest.version
 
-    def advance(self, transfer: Transfer, blobs: Sequence[bytes]) -> dict[str, Positions | None]:
-        """Apply a delta in place; returns where each changed tensor changed, None for all over.
+    def advance(self, transfer: Transfer, blobs: Sequence[bytes], *, last: bool = True) -> dict[str, Change]:
+        """Apply a delta in place; returns the positions and new values of each tensor that changed.
 
-        Raises `WeightsError` for a delta of another base or a damaged one; the state is then of no version,
-        unless the base was wrong, which is noticed first.
+        The result is verified if it is the `last` of several in a row. Raises `WeightsError` for a delta of
+        another base or a damaged one; the state is then of no version, unless it was the wrong one, which
+        is noticed first.
         """
         if self.version is None or transfer.base != self.version:
             raise WeightsError(f"a delta from {transfer.base} cannot be applied to {self.version}")
         self.version = None
-        changed: dict[str, Positions | None] = {}
+        changed: dict[str, Change] = {}
         for blob in blobs:
             info = describe_delta(blob)
             names = sorted(info.tensors)
@@ -90,10 +88,10 @@ class State:
             if missing or not names:
                 raise WeightsError(f"a delta to {transfer.version} is of other tensors: {missing[:1]}")
             part = {name: self.tensors[name] for name in names}
-            found = apply_delta(part, blob, checked_base=self.checks.get(names[0]))
+            found = apply_delta(part, blob, checked_base=self.checks.get(names[0]), verify=last)
             self.tensors |= part
             self.checks[names[0]] = info.new_check
-            changed |= {name: change.positions for name, change in found.items()}
+            changed |= found
         self.version = transfer.version
         return changed
 

@@ -85,11 +85,13 @@ async def test_an_update_says_what_changed_since_the_version_before(
     update = await mirror.follow(plan)
     assert (update.base, update.version) == ("r/1/0", "r/1/3")
     old, new = tensors(0), tensors(3)
-    for name, positions in update.changes.items():
+    for name, (positions, values) in update.changes.items():
         if positions is None:
+            assert torch.equal(values, new[name])
             continue
         differing = (old[name] != new[name]).reshape(-1).nonzero().reshape(-1)
         assert set(differing.tolist()) <= set(positions.tolist())
+        assert torch.equal(values, new[name].reshape(-1)[torch.from_numpy(positions)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -285,6 +287,12 @@ async def test_readers_only_ever_see_whole_versions(store: WeightStore, puller: 
     assert seen > 3
 
 
+@pytest.fixture
+def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Name peers for small plans, too."""
+    monkeypatch.setattr("aspo.weights.server._PEERS_FROM", 0)
+
+
 async def peers_of(store: WeightStore, serve: Serve, leases: Leases, **options: object) -> list[str]:
     """Announce a second server of the same store as a peer that runs the newest version."""
     peer = serve(**options)
@@ -292,6 +300,7 @@ async def peers_of(store: WeightStore, serve: Serve, leases: Leases, **options: 
     return [peer]
 
 
+@pytest.mark.usefixtures("_any_size")
 async def test_blobs_come_from_a_peer_that_has_the_version(
     store: WeightStore, serve: Serve, leases: Leases, tmp_path: Path
 ) -> None:
@@ -309,6 +318,7 @@ async def test_blobs_come_from_a_peer_that_has_the_version(
 
 
 @pytest.mark.parametrize("lie", [flip, Cut(), "dead"])
+@pytest.mark.usefixtures("_any_size")
 async def test_a_lying_peer_does_no_harm(
     store: WeightStore, serve: Serve, leases: Leases, tmp_path: Path, lie: object
 ) -> None:
@@ -325,6 +335,7 @@ async def test_a_lying_peer_does_no_harm(
         assert client.stats.bytes_from_peers == 0
 
 
+@pytest.mark.usefixtures("_any_size")
 async def test_a_peer_never_sees_the_token(
     store: WeightStore, serve: Serve, leases: Leases, tmp_path: Path
 ) -> None:

@@ -325,6 +325,17 @@ def test_a_wrong_promise_about_the_base_is_found_afterwards() -> None:
         apply_delta(base, delta, checked_base="beef")
 
 
+def test_only_the_last_of_several_deltas_need_be_verified() -> None:
+    first, second, third = state(), stepped(state(), 1), stepped(stepped(state(), 1), 2)
+    live = copied(first)
+    forth, onward = encode_delta(first, second), encode_delta(second, third)
+    apply_delta(live, forth, verify=False)
+    assert same(live, second)
+    live["norm" if "norm" in live else next(iter(live))].zero_()
+    with pytest.raises(DeltaError, match="ruined"):
+        apply_delta(live, onward, checked_base=describe_delta(forth).new_check)
+
+
 def test_tensors_that_share_memory_are_refused() -> None:
     one = torch.zeros(8)
     delta = encode_delta({"a": one, "b": one}, {"a": one + 1, "b": one + 1})
