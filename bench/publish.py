@@ -189,7 +189,7 @@ def figures(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--load", type=int, default=4, help="sequences being sampled meanwhile")
+    parser.add_argument("--load", type=int, default=2, help="sequences being sampled meanwhile")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aspo-bench-") as scratch:
         folder = Path(scratch)

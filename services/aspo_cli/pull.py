@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from aspo.weights.store import WeightStore
 
 def pull_version(url: str, token: str | None, version: str | None, folder: Path) -> Path:
     """Download and verify a version, then put it at `folder`; raises AspoError for a folder that exists."""
-    if folder.exists():
+    if os.path.lexists(folder):
         raise ConfigError(f"{folder} exists; name a folder that does not")
 
     async def write(client: WeightClient, plan: Plan, scratch: Path) -> Path:
@@ -44,6 +45,8 @@ def verify_version(url: str, token: str | None, version: str | None) -> str:
 
 async def _with_client(url: str, token: str | None, scratch: Path, version: str | None, work: Any) -> Any:
     """Run `work(client, plan, scratch)` on a version's plan, with a progress bar of its bytes."""
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is not a URL; write --learner http://HOST:PORT")
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         async with WeightClient(url, scratch / "blobs", token=token) as client:
@@ -68,6 +71,8 @@ def verify_store(folder: Path) -> str:
         raise ConfigError(f"{folder} is not a store of weights; it lies at runs/NAME/weights")
     store = WeightStore(folder)
     versions = store.versions()
+    if store.left_out or not versions:
+        raise WeightsError(store.left_out[0] if store.left_out else f"{folder} holds no version")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for version in progress.track(versions, description="verifying"):
             store.verify(version)

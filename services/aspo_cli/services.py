@@ -12,7 +12,7 @@ from pathlib import Path
 import redis
 from pydantic import SecretStr
 
-from aspo.config import AuthConfig, load_config
+from aspo.config import AuthConfig, ConfigError, load_config
 from aspo.queue import QueueError
 from aspo.telemetry import setup_logging
 
@@ -66,5 +66,8 @@ def run_relay(
     from aspo.weights.relay import Relay
 
     auth = AuthConfig(actor_token=SecretStr(token) if token else None)
-    relay = Relay(learner, folder, auth, host=host, port=port, advertise_url=advertise)
+    try:
+        relay = Relay(learner, folder, auth, host=host, port=port, advertise_url=advertise)
+    except OSError as error:
+        raise ConfigError(f"cannot keep weights in {folder}: {error.strerror}; name another folder") from None
     asyncio.run(relay.run())

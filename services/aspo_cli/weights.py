@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aspo.config import ConfigError
@@ -42,7 +45,7 @@ def list_versions(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as
             "live" if version["live"] else "",
             "-" if fraction is None else f"{fraction:.2%}",
             ", ".join(f"{_short(base)} {_bytes(size)}" for base, size in version["transfers"].items()),
-            ", ".join(version["running"]),
+            escape(", ".join(version["running"])),
         )
     _console().print(table)
 
@@ -123,15 +126,21 @@ def _call(url: str, token: str | None, method: str, path: str, body: object = No
     """Ask the learner; raises ConfigError with its message and hint, or when none answers."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url.rstrip("/") + path, data=data, headers=headers, method=method)
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"{url!r} is not a URL; write --learner http://HOST:PORT")
+    request = urllib.request.Request(
+        url.rstrip("/") + urllib.parse.quote(path), data=data, headers=headers, method=method
+    )
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)
-            return answer
     except urllib.error.HTTPError as error:
         raise ConfigError(_reason(error)) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise ConfigError(f"no learner answers at {url} ({error}); start one or pass --learner URL") from None
+    if not isinstance(answer, dict) or not {"versions", "tensors", "state"} & answer.keys():
+        raise ConfigError(f"{url} is not a learner; pass its URL with --learner")
+    return answer
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -122,6 +122,7 @@ def _release_routes(learner: Observed, store: WeightStore) -> APIRouter:
         """Make an older version live and hold back later ones until one is promoted."""
         version = _kept(store, body.version)
         store.roll_back(version)
+        learner.releases.overruled()
         if body.continue_training:
             learner.controls.continue_from = version
             return Acknowledgement(state=f"{version} is live; the learner continues from it after this step")
@@ -139,6 +140,7 @@ def _release_routes(learner: Observed, store: WeightStore) -> APIRouter:
     def promote(version: str) -> Acknowledgement:
         """Make a version live, and let later ones follow."""
         store.promote(_kept(store, version))
+        learner.releases.overruled()
         return Acknowledgement(state=f"{version} is live; later versions follow")
 
     @router.post("/v1/weights/{version:path}/report", dependencies=[require(Scope.ACTOR)])

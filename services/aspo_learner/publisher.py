@@ -87,8 +87,11 @@ class Publisher:
 
     @torch.no_grad()
     def _store_copy(self, version: PolicyVersion, copy: dict[str, Tensor]) -> Manifest:
-        manifest = self._store.put(version, copy, self._policy.published_files(), live=False)
-        self._copies.reverse()
+        try:
+            manifest = self._store.put(version, copy, self._policy.published_files(), live=False)
+        finally:
+            if self._store.holds(copy):
+                self._copies.reverse()
         self._on_stored(version)
         transfers = self._store.transfers(version)
         self.metrics = {"weights_bytes": float(min((t.size for t in transfers), default=0))}

@@ -66,6 +66,11 @@ class Releases:
             self._end(fault)
             return f"withdrawn: {fault}" if fault else "live"
 
+    def overruled(self) -> None:
+        """Forget the trial that runs: an operator has decided what is live."""
+        with self._lock:
+            self._trial = None
+
     def tick(self) -> None:
         """Give up on a canary that has not reported in time; called now and then."""
         with self._lock:

@@ -83,3 +83,22 @@ def test_no_config_and_no_learner_are_said_plainly(tmp_path: Path) -> None:
         assert command.wait(60) == 2
         assert words in command.text
         assert "Traceback" not in command.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["weights", "ls", "--learner", "http://127.0.0.1:1"], "no learner answers at http://127.0.0.1:1"),
+        (["weights", "ls", "--learner", "localhost:1"], "is not a URL; write --learner http://HOST:PORT"),
+        (["weights", "verify", "--learner", "localhost:1"], "is not a URL; write --learner http://HOST:PORT"),
+        (["weights", "show", "demo 1é", "--learner", "http://127.0.0.1:1"], "no learner answers"),
+        (["weights", "pull", "model"], "model exists; name a folder that does not"),
+        (["weights", "verify", "--store", "nowhere"], "nowhere is not a store of weights"),
+        (["relay", "good.jsonl"], "cannot keep weights in good.jsonl"),
+    ],
+)
+def test_a_mistake_about_weights_is_one_line(project: Path, arguments: list[str], words: str) -> None:
+    service = Service(project, *arguments)
+    assert service.wait(30) == 2, service.text
+    assert words in service.text
+    assert service.text.strip().count("\n") == 0, service.text

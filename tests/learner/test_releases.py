@@ -136,6 +136,16 @@ def test_a_rollback_ends_the_trial(trial: Trial) -> None:
     assert trial.targets() == (2, 2)
 
 
+def test_an_operators_word_ends_the_trial(trial: Trial) -> None:
+    trial.publish(1)
+    trial.store.promote(version(0))
+    trial.releases.overruled()
+    assert trial.report(1).startswith("ignored")
+    assert trial.store.live() == version(0)
+    trial.publish(2)
+    assert trial.targets() == (2, 0)
+
+
 @pytest.fixture
 def policy(tmp_path: Path) -> Policy:
     save_model(tmp_path / "model", seed=0)

@@ -36,6 +36,7 @@ from aspo.http import blob_ticket
 from aspo.weights.blobs import BlobStore, file_digest
 from aspo.weights.delta import Change
 from aspo.weights.manifest import (
+    MAX_MANIFEST_BYTES,
     BlobRef,
     Manifest,
     Plan,
@@ -194,7 +195,7 @@ class WeightClient:
                 if response.status == 304:
                     return None
                 await _check(response)
-                return await response.read()
+                return await _bounded(response)
 
         return await self._retry(attempt, path)
 
@@ -204,9 +205,16 @@ class WeightClient:
         if self.cache.has(ref) and await asyncio.to_thread(self.cache.verify, ref.digest) is not None:
             return path
         partial = path.with_suffix(".part")
-        if not await self._fetch_from_peers(ref, partial, peers):
-            await self._retry(lambda: self._download(self._url, ref, partial), f"/v1/blobs/{ref.digest[:12]}")
-        os.replace(partial, path)
+        what = f"/v1/blobs/{ref.digest[:12]}"
+        try:
+            if not await self._fetch_from_peers(ref, partial, peers):
+                await self._retry(lambda: self._download(self._url, ref, partial), what)
+            os.replace(partial, path)
+        except OSError as error:  # the network's have been met by then
+            folder = self.cache.folder
+            raise WeightsError(
+                f"cannot write to {folder}: {error.strerror}; free space or mend permissions"
+            ) from error
         return path
 
     async def _fetch_from_peers(self, ref: BlobRef, partial: Path, peers: Sequence[str]) -> bool:
@@ -273,10 +281,6 @@ class WeightClient:
                 raise
             except (aiohttp.ClientError, TimeoutError, WeightsError) as error:
                 last = error
-            except OSError as error:
-                raise WeightsError(
-                    f"cannot write to {self.cache.folder}: {error.strerror}; free space or mend permissions"
-                ) from error
             self.stats.retries += 1
             await asyncio.sleep(min(_RETRY_CEILING_S, 0.1 * 2**count) * random.uniform(0.5, 1.0))
         if isinstance(last, aiohttp.ClientConnectionError):
@@ -377,6 +381,16 @@ def _composed(tensor: Tensor, changes: Sequence[Change]) -> Change:
     return Change(union, tensor.reshape(-1)[torch.from_numpy(union)])
 
 
+async def _bounded(response: aiohttp.ClientResponse) -> bytes:
+    """Read an answer, however well it is compressed, no further than a plan can be long."""
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(_CHUNK):
+        body += chunk
+        if len(body) > MAX_MANIFEST_BYTES:
+            raise Refused(f"{response.url.origin()} answers with more than {MAX_MANIFEST_BYTES} bytes")
+    return bytes(body)
+
+
 async def _check(response: aiohttp.ClientResponse) -> None:
     if response.status in (200, 206):
         return
@@ -395,4 +409,4 @@ def _error_of(body: bytes) -> tuple[str, str]:
         error = json.loads(body)["error"]
         return str(error["code"]), f"{error['message']}; {error['hint']}"
     except (ValueError, KeyError, TypeError):
-        return "", body.decode(errors="replace")[:300]
+        return "", " ".join(body.decode(errors="replace").split())[:200]

@@ -71,8 +71,10 @@ class Relay:
                 following = asyncio.create_task(self._follow(client))
                 stopping = asyncio.create_task(stop.wait())
                 await asyncio.wait({following, stopping}, return_when=asyncio.FIRST_COMPLETED)
-                following.cancel()
                 stopping.cancel()
+                if following.done():
+                    following.result()  # it only ends by a fault
+                following.cancel()
                 await asyncio.gather(following, return_exceptions=True)
 
     async def _follow(self, client: WeightClient) -> None:

@@ -237,7 +237,7 @@ def _plan(store: WeightStore, version: PolicyVersion, have: str | None) -> Plan:
     if newest is not None and version.run == newest.run and version < newest:
         hint = "take the latest, or raise weights.keep"
         raise ApiError(410, "collected", f"version {version} is no longer kept", hint)
-    raise ApiError(404, "no_version", f"no version {version}", "see /v1/weights for those there are")
+    raise ApiError(404, "unknown_version", f"no version {version}", "see /v1/weights for those there are")
 
 
 def _list(store: WeightStore, leases: Leases) -> Versions:

@@ -99,8 +99,11 @@ class State:
         """Write the tensors as `from_pretrained` expects them, with an index if there are several files."""
         parts = list(shards(self.tensors))
         names = _file_names(len(parts))
-        for name, part in zip(names, parts, strict=True):
-            safetensors.torch.save_file(part, folder / name, metadata={"format": "pt"})
+        try:
+            for name, part in zip(names, parts, strict=True):
+                safetensors.torch.save_file(part, folder / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise WeightsError(f"cannot write to {folder}: {error}; free space or mend permissions") from None
         if len(parts) > 1:
             total = sum(tensor.nbytes for tensor in self.tensors.values())
             weight_map = {key: name for name, part in zip(names, parts, strict=True) for key in part}

@@ -17,6 +17,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import safetensors.torch
@@ -39,6 +40,7 @@ from aspo.weights.manifest import (
 from aspo.weights.state import State, describe, shards
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 MERGE = 8
 
 
@@ -65,7 +67,9 @@ class WeightStore:
     ) -> None:
         self._root, self._keep, self._snapshot_every = root, keep, snapshot_every
         self._leased = leased
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # of what is known
+        self._writing = threading.RLock()  # of what is on disk; taken first
+        self.left_out: list[str] = []  # damaged files, in words
         self._listeners: list[Callable[[], None]] = []
         self.blobs = BlobStore(root / "blobs")
         for name in ("manifests", "transfers"):
@@ -153,6 +157,16 @@ class WeightStore:
         `tensors` are on the CPU and contiguous, and stay the store's until the next call has returned. Raises
         `WeightsError` if the name has other content, is not newer than all before, or cannot be written.
         """
+        with self._writing:
+            return self._put(version, tensors, files, live)
+
+    def _put(
+        self,
+        version: PolicyVersion,
+        tensors: Mapping[str, Tensor],
+        files: Mapping[str, bytes],
+        live: bool,
+    ) -> Manifest:
         infos = describe(tensors)
         refs = {name: self.blobs.put(content) for name, content in files.items()}
         digests = state_digest(infos), config_digest(refs)
@@ -177,45 +191,63 @@ class WeightStore:
         self._newest = state
         if live:
             self.go_live(version)
-        self._add_shortcuts(version, tensors)
-        self.collect()
+        try:
+            self._add_shortcuts(version, tensors)
+            self.collect()
+        except (WeightsError, OSError) as error:  # the version is stored, and the next makes up for it
+            log.error("tidying up after %s: %s", version, error)
         return manifest
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether these very tensors are the base of the next delta, and must stay as they are."""
+        held = {id(tensor) for tensor in self._newest.tensors.values()} if self._newest else set()
+        return any(id(tensor) in held for tensor in tensors.values())
 
     def adopt(self, manifest: Manifest, transfers: Collection[Transfer]) -> None:
         """Record a version whose blobs are here, with the transfers that lead to it."""
         version = manifest.policy_version
-        for transfer in transfers:
-            self._add_transfer(transfer)
-        write_file(self._file("manifests", version), manifest.encode())
-        with self._lock:
-            self._manifests[version] = manifest
+        with self._writing:
+            for transfer in transfers:
+                self._add_transfer(transfer)
+            write_file(self._file("manifests", version), manifest.encode())
+            with self._lock:
+                self._manifests[version] = manifest
 
     def go_live(self, version: PolicyVersion) -> None:
         """Make a version live unless the store is held."""
-        if not self.held():
+        with self._lock:
+            if self.held():
+                return
             self._move(Live(str(version)))
+        self._announce()
 
     def promote(self, version: PolicyVersion) -> None:
         """Make a version live, and let the later ones follow; raises `WeightsError` if it is not kept."""
-        self._require(version)
-        self._move(Live(str(version)))
+        with self._lock:
+            self._require(version)
+            self._move(Live(str(version)))
+        self._announce()
 
     def roll_back(self, version: PolicyVersion) -> None:
         """Make an older version live and hold the later ones back until one is promoted."""
-        self._require(version)
-        self._move(Live(str(version), held=True))
+        with self._lock:
+            self._require(version)
+            self._move(Live(str(version), held=True))
+        self._announce()
 
     def snapshot(self) -> Transfer | None:
-        """Give the newest version a snapshot if it has none."""
-        version, state = self.newest(), self._newest
-        if version is None or state is None:
-            return None
-        for transfer in self.transfers(version):
-            if transfer.base is None:
-                return transfer
-        transfer = self._store_snapshot(version, state.tensors)
-        self._add_transfer(transfer)
-        return transfer
+        """Give the newest version a snapshot if it has none; None if there is no version."""
+        with self._writing:
+            version = self.newest()
+            if version is None:
+                return None
+            for transfer in self.transfers(version):
+                if transfer.base is None:
+                    return transfer
+            held = self._newest if self._newest and self._newest.version == str(version) else None
+            transfer = self._store_snapshot(version, (held or self.state(version)).tensors)
+            self._add_transfer(transfer)
+            return transfer
 
     def state(self, version: PolicyVersion) -> State:
         """Rebuild a version's tensors from the store and verify them; raises `WeightsError`."""
@@ -322,12 +354,9 @@ class WeightStore:
                 known.append(transfer)
 
     def _move(self, live: Live) -> None:
-        with self._lock:
-            if live == self._live and self._trial is None:
-                return
+        if live != self._live:
             write_file(self._root / "live", msgspec.json.encode(live))
-            self._live, self._trial = live, None
-        self._announce()
+        self._live, self._trial = live, None
 
     def _announce(self) -> None:
         for listener in self._listeners:
@@ -335,7 +364,7 @@ class WeightStore:
 
     def collect(self) -> None:
         """Forget versions older than all that somebody may need and the snapshot before them."""
-        with self._lock:
+        with self._writing, self._lock:
             ordered = sorted(self._manifests)
             live = self.live()
             wanted = {*ordered[-self._keep :], *(set(self._leased()) & self._manifests.keys())}
@@ -382,37 +411,43 @@ class WeightStore:
 
     def _load(self) -> None:
         """Take up what a former process left whole; say what is damaged and leave it out."""
-        for path in sorted((self._root / "transfers").glob("*.json")):
-            try:
-                transfer = decode_transfer(path.read_bytes())
-            except WeightsError as error:
-                log.error("%s is damaged (%s); left out", path, error)
-                continue
+        for manifest in self._decoded("manifests", decode_manifest):
+            self._manifests[manifest.policy_version] = manifest
+        for transfer in self._decoded("transfers", decode_transfer):
+            version = PolicyVersion.parse(transfer.version)
+            base = PolicyVersion.parse(transfer.base) if transfer.base else None
+            if version not in self._manifests or (base is not None and base not in self._manifests):
+                continue  # of a version that a crash kept from being recorded, or that was collected
             if all(self.blobs.has(ref) for ref in transfer.blobs):
-                self._transfers.setdefault(PolicyVersion.parse(transfer.version), []).append(transfer)
+                self._transfers.setdefault(version, []).append(transfer)
             else:
-                log.error("a blob of %s is missing; left out", path)
-        for path in sorted((self._root / "manifests").glob("*.json")):
-            try:
-                manifest = decode_manifest(path.read_bytes())
-            except WeightsError as error:
-                log.error("%s is damaged (%s); left out", path, error)
-                continue
-            if cheapest(self._transfers, manifest.policy_version, None) is not None:
-                self._manifests[manifest.policy_version] = manifest
-        for version in self._transfers.keys() - self._manifests.keys():
-            del self._transfers[version]
+                self._leave_out(f"a blob of the transfer to {version} is missing")
+        for version in sorted(self._manifests):
+            if cheapest(self._transfers, version, None) is None:
+                self._leave_out(f"{version} can no longer be reached")
+                del self._manifests[version]
+                self._transfers.pop(version, None)
         for known in self._transfers.values():
             known.sort(key=_nearest_first)
 
+    def _decoded(self, kind: str, decode: Callable[[bytes], T]) -> Iterator[T]:
+        for path in sorted((self._root / kind).glob("*.json")):
+            try:
+                yield decode(path.read_bytes())
+            except (WeightsError, OSError) as error:
+                self._leave_out(f"{path} is damaged ({error})")
+
+    def _leave_out(self, what: str) -> None:
+        log.error("%s; left out", what)
+        self.left_out.append(what)
+
     def _load_live(self) -> Live | None:
-        path = self._root / "live"
         try:
-            live = msgspec.json.decode(path.read_bytes(), type=Live)
-        except (OSError, msgspec.MsgspecError):
-            live = None
-        if live is not None and PolicyVersion.parse(live.version) in self._manifests:
-            return live
+            live = msgspec.json.decode((self._root / "live").read_bytes(), type=Live)
+            if PolicyVersion.parse(live.version) in self._manifests:
+                return live
+        except (OSError, ValueError) as error:
+            log.info("no word on which version is live (%s); taking the newest", error)
         newest = max(self._manifests, default=None)
         return Live(str(newest)) if newest else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import random
 import threading
 import time
@@ -236,8 +237,9 @@ async def test_a_version_collected_during_the_pull_is_gone(store: WeightStore, p
     assert await follow(puller, Mirror(puller)) in ("snapshot", "snapshot+deltas")
 
 
+@pytest.mark.parametrize("peers", [0, 1])
 async def test_a_cache_on_a_full_disk_is_one_clear_error(
-    store: WeightStore, puller: WeightClient, monkeypatch: pytest.MonkeyPatch
+    store: WeightStore, puller: WeightClient, monkeypatch: pytest.MonkeyPatch, peers: int
 ) -> None:
     store.put(version(0), tensors(0), FILES)
     plan = await puller.latest()
@@ -252,7 +254,22 @@ async def test_a_cache_on_a_full_disk_is_one_clear_error(
 
     monkeypatch.setattr(Path, "open", no_space)
     with pytest.raises(WeightsError, match=r"cannot write to .*No space left on device; free space"):
-        await puller.pull(plan)
+        await puller.fetch(plan.transfers[0].blobs, [puller._url] * peers)
+
+
+async def test_an_answer_without_end_is_cut_short(
+    store: WeightStore, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aspo.weights.client.MAX_MANIFEST_BYTES", 2**20)
+
+    def bomb(app: FastAPI) -> None:
+        @app.middleware("http")
+        async def answer(request: Request, call_next: Callable[..., object]) -> Response:
+            return Response(gzip.compress(bytes(2**26)), headers={"content-encoding": "gzip"})
+
+    async with WeightClient(serve(spoil=bomb), tmp_path / "cache") as client:
+        with pytest.raises(WeightsError, match="more than 1048576 bytes"):
+            await client.latest()
 
 
 async def test_readers_only_ever_see_whole_versions(store: WeightStore, puller: WeightClient) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -192,6 +193,7 @@ def test_a_store_with_a_blob_missing_leaves_the_version_out(store: WeightStore, 
     again = WeightStore(tmp_path / "weights", keep=3)
     assert again.versions() == [version(0)]
     assert again.live() == version(0)
+    assert len(again.left_out) >= 2
 
 
 def test_a_full_disk_leaves_the_old_version_live(store: WeightStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +211,63 @@ def test_a_full_disk_leaves_the_old_version_live(store: WeightStore, monkeypatch
     assert not list(store.blobs.folder.glob(".tmp-*"))
     store.put(version(2), tensors(2), FILES)
     store.verify(version(2))
+
+
+def test_what_fails_after_a_version_is_stored_does_not_undo_it(
+    store: WeightStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, range(2))
+
+    def fail(*args: object) -> None:
+        raise WeightsError("disk full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "_add_shortcuts", fail)
+        state = tensors(2)
+        store.put(version(2), state, FILES)
+        assert store.holds(state), "the base of the next delta: it must not be written to"
+    assert store.live() == version(2)
+    publish(store, range(3, 6))
+    for v in store.versions():
+        store.verify(v)
+
+
+def test_a_damaged_file_is_mended_when_it_is_stored_again(store: WeightStore) -> None:
+    publish(store, range(1))
+    config = store.manifest(version(0)).files["config.json"]  # type: ignore[union-attr]
+    (store.blobs.folder / config.digest).write_bytes(b"")
+    publish(store, range(1, 2))
+    store.verify(version(1))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b'{"version":"garbage"}', b'{"version":"r/1/99"}'])
+def test_a_damaged_word_on_what_is_live_means_the_newest(
+    store: WeightStore, tmp_path: Path, content: bytes
+) -> None:
+    publish(store, range(3))
+    (tmp_path / "weights/live").write_bytes(content)
+    assert WeightStore(tmp_path / "weights").live() == version(2)
+
+
+def test_what_was_left_out_is_told(store: WeightStore, tmp_path: Path) -> None:
+    publish(store, range(4))
+    (tmp_path / "weights/manifests/r-1-2.json").write_bytes(b"{")
+    again = WeightStore(tmp_path / "weights")
+    assert again.versions() == [version(0), version(1)], "what came after cannot be reached without it"
+    assert again.plan(version(1)) is not None
+    assert again.live() == version(1)
+    assert any("r-1-2.json is damaged" in words for words in again.left_out)
+
+
+def test_a_rollback_is_never_lost_to_a_publication(tmp_path: Path) -> None:
+    store = WeightStore(tmp_path)
+    publish(store, range(2))
+    for _ in range(100):
+        store.promote(version(0))
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(store.go_live, version(1)), pool.submit(store.roll_back, version(0))]
+        assert [job.result() for job in jobs] == [None, None]
+        assert (store.live(), store.held()) == (version(0), True)
 
 
 def test_other_shapes_are_a_new_start(store: WeightStore) -> None:
@@ -231,6 +290,13 @@ def test_a_snapshot_on_demand(store: WeightStore) -> None:
     assert transfer is not None
     assert ways(store, 1) == ["r/1/0", None]
     assert store.snapshot() == transfer
+
+
+def test_a_snapshot_on_demand_after_a_restart(store: WeightStore, tmp_path: Path) -> None:
+    publish(store, range(2))
+    again = WeightStore(tmp_path / "weights")
+    assert again.snapshot() is not None
+    again.verify(version(1))
 
 
 def test_a_manifest_is_checked_before_it_is_believed(store: WeightStore) -> None:
