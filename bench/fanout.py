@@ -44,12 +44,18 @@ def learner(folder: Path, pipe: Connection, delta_bytes: int) -> None:
     app = create_app("bench", auth=auth, ready=lambda: None, registry=CollectorRegistry())
     app.include_router(weight_routes(store, leases))
     app.include_router(blob_routes(store.blobs))
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, set(cores[1:]) or set(cores))  # inherited by the HTTP thread
+    training_core = leave_a_core()  # inherited by the HTTP thread
     with Server(app, listen("127.0.0.1", 0, auth)) as server:
-        os.sched_setaffinity(0, {cores[0]})  # this thread: the training
+        os.sched_setaffinity(0, {training_core})  # this thread: the training
         pipe.send(server.url)
         serve_steps(pipe, store, delta_bytes, leases)
+
+
+def leave_a_core() -> int:
+    """Keep off the first core, which is the training's; gives its number."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, set(cores[1:]) or set(cores))
+    return cores[0]
 
 
 def serve_steps(pipe: Connection, store: Any, delta_bytes: int, leases: Any) -> None:
@@ -101,6 +107,7 @@ def publish_random(store: Any, number: int, delta_bytes: int) -> None:
 
 def actors(urls: list[str], count: int, pipe: Connection) -> None:
     """Follow with `count` clients until told to stop; answers how many deltas each pulled, and how late."""
+    leave_a_core()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     asyncio.run(follow_all(urls, count, pipe))
 
@@ -144,6 +151,7 @@ def relay(url: str, folder: Path, pipe: Connection) -> None:
     from aspo.http import url_of
     from aspo.weights.relay import Relay
 
+    leave_a_core()
     found = Relay(url, folder, AuthConfig(), host="127.0.0.1", port=0)
     pipe.send(url_of(found.listener))
     asyncio.run(found.run())
