@@ -78,8 +78,8 @@ def main(versions: int, jumps: int, rounds: int, lr: float) -> dict[str, Any]:
     }
 
 
-def published(lr: float) -> Iterator[State]:
-    """The bf16 weights before the first and after each optimizer step."""
+def make_model() -> Qwen3ForCausalLM:
+    """A Qwen3-like model of 54M random parameters, its head tied to its embedding."""
     config = Qwen3Config(
         vocab_size=32000,
         hidden_size=512,
@@ -90,12 +90,18 @@ def published(lr: float) -> Iterator[State]:
         head_dim=64,
         tie_word_embeddings=True,
         initializer_range=0.02,
+        max_position_embeddings=512,
     )
-    model = Qwen3ForCausalLM(config)
+    return Qwen3ForCausalLM(config)
+
+
+def published(lr: float) -> Iterator[State]:
+    """The bf16 weights before the first and after each optimizer step."""
+    model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     while True:
         yield {name: weight.detach().to(torch.bfloat16) for name, weight in model.named_parameters()}
-        tokens = torch.randint(config.vocab_size, (2, 32))
+        tokens = torch.randint(model.config.vocab_size, (2, 32))
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -25,29 +25,17 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LEARNING_RATE = 1e-6
-VOCABULARY = 32_000
 
 
-def make_model(folder: Path) -> None:
-    """Write a Qwen3-like model of 54M parameters, tied, with the demo's tokenizer."""
+def save_model(folder: Path) -> None:
+    """Write the delta benchmark's model as bf16, with the demo's tokenizer."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from delta import make_model
 
     from aspo_cli.demo_model import make_tokenizer
 
     torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=512,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        intermediate_size=1536,
-        vocab_size=VOCABULARY,
-        tie_word_embeddings=True,
-        max_position_embeddings=512,
-    )
-    Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    make_model().to(torch.bfloat16).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
 
 
@@ -73,7 +61,7 @@ def learner(folder: Path, pipe: Connection) -> None:
     app = create_app("bench", auth=auth, ready=lambda: None, registry=CollectorRegistry())
     app.include_router(weight_routes(store, leases))
     app.include_router(blob_routes(store.blobs))
-    ids = torch.randint(0, VOCABULARY, (2, 64))
+    ids = torch.randint(policy.vocab_size, (2, 64))
     announced: list[float] = []
     store.on_move(lambda: announced.append(time.monotonic()))
 
@@ -193,7 +181,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aspo-bench-") as scratch:
         folder = Path(scratch)
-        make_model(folder / "model")
+        save_model(folder / "model")
         context = multiprocessing.get_context("spawn")
         mine, theirs = context.Pipe()
         process = context.Process(target=learner, args=(folder, theirs), daemon=True)

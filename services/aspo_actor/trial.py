@@ -1,14 +1,17 @@
 """A canary's part: try a version out before the other actors get it, and report what it does.
 
-trials = Trials(client, engine, config.canary, "actor-0")
-before = await trials.score()                   # under the weights that run
-...                                             # the new ones are applied
-await trials.report(version, parent, before)    # waits for some groups' rewards, then tells the learner
+    trials = Trials(client, engine, config.canary, "actor-0")
+    before = await trials.score()                   # under the weights that run
+    ...                                             # the new ones are applied
+    await trials.report(version, parent, before)    # waits for some groups' rewards, then tells the learner
+
+Which actor is the canary, and what becomes of the version, the learner decides.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Sequence
@@ -16,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aspo.config import CanaryConfig
+from aspo.config import CanaryConfig, ConfigError
 from aspo.schemas import FloatArray, RolloutGroup
 from aspo.weights.client import WeightClient
 from aspo.weights.manifest import WeightsError
@@ -56,8 +59,13 @@ class Trials:
             self._seen.notify_all()
 
     async def score(self) -> list[Scored]:
-        """Score the remembered completions under the weights that run now."""
-        return [await self._score(tokens, length) for tokens, length in list(self._sequences)]
+        """Score the remembered completions under the weights that run now, those that can be scored."""
+        scored = []
+        for tokens, length in list(self._sequences):
+            # One that fills the context leaves no room for scoring; a damaged engine is mended by the update.
+            with contextlib.suppress(ConfigError, EngineError):
+                scored.append(await self._score(tokens, length))
+        return scored
 
     async def report(self, version: str, parent: str, before: Sequence[Scored]) -> None:
         """Score the same completions again, wait for rewards under `version`, and tell the learner."""

@@ -87,8 +87,12 @@ class WeightSync:
         while True:
             await asyncio.sleep(_WATCH_S)
             async with self._lock:
-                if self._engine.recoverable:
+                if not self._engine.recoverable:
+                    continue
+                try:
                     await self._repair()
+                except WeightsError as error:
+                    log.error("the engine waits for weights to be mended with: %s", error)
 
     async def sync_once(self, *, wait_s: float = 0.0) -> str:
         """Move to the version to run if the engine runs another; returns the version then running."""

@@ -15,6 +15,7 @@ from aspo.config import ConfigError
 from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.manifest import Plan, WeightsError
 from aspo.weights.store import WeightStore
+from aspo_cli.ask import require_url
 
 
 def pull_version(url: str, token: str | None, version: str | None, folder: Path) -> Path:
@@ -45,8 +46,7 @@ def verify_version(url: str, token: str | None, version: str | None) -> str:
 
 async def _with_client(url: str, token: str | None, scratch: Path, version: str | None, work: Any) -> Any:
     """Run `work(client, plan, scratch)` on a version's plan, with a progress bar of its bytes."""
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url!r} is not a URL; write --learner http://HOST:PORT")
+    require_url(url)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         async with WeightClient(url, scratch / "blobs", token=token) as client:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import json
 import sys
 import time
-import urllib.error
-import urllib.request
 from typing import Any
 
 from rich.console import Console, Group
@@ -16,33 +12,18 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from aspo.config import ConfigError
+from aspo_cli.ask import LearnerUnreachable, ask
 
 REFRESH_S = 1.0
+_TIMEOUT_S = 5.0
 PIPE_WIDTH = 120  # columns of the table where there is no terminal to ask
 Status = dict[str, Any]
 
 
-class LearnerUnreachable(ConfigError):
-    """No learner answers at the URL."""
-
-
-def fetch_status(url: str, token: str | None = None, timeout_s: float = 5.0) -> Status:
+def fetch_status(url: str, token: str | None = None) -> Status:
     """GET /v1/status; raises LearnerUnreachable, or ConfigError for a refused token."""
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/v1/status", headers=headers)
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:
-            status: Status = json.load(response)
-    except urllib.error.HTTPError as error:
-        raise ConfigError(f"{url} answered {error.code}; pass --token or set ASPO_TOKEN") from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise LearnerUnreachable(
-            f"no learner answers at {url} ({error}); start one or pass --learner URL"
-        ) from None
-    if not isinstance(status, dict) or not {"run", "metrics", "actors"} <= status.keys():
-        raise ConfigError(f"{url} is not a learner; pass its URL with --learner")
-    return status
+    expected = {"run", "metrics", "actors"}
+    return ask(url, "/v1/status", token, expect=expected, timeout_s=_TIMEOUT_S)
 
 
 def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import urllib.error
-import urllib.parse
-import urllib.request
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aspo.config import ConfigError
+from aspo_cli.ask import ask
 from aspo_cli.options import DEFAULT_LEARNER, Json, LearnerUrl, Token
 
 app = typer.Typer(
@@ -29,7 +25,7 @@ Version = Annotated[str, typer.Argument(help="run/epoch/step, as `aspo weights l
 @app.command("ls")
 def list_versions(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as_json: Json = False) -> None:
     """List the versions kept, what it takes to reach each, and who runs it."""
-    found = _call(learner, token, "GET", "/v1/weights")
+    found = ask(learner, "/v1/weights", token, expect={"live", "versions"})
     if as_json:
         typer.echo(json.dumps(found))
         return
@@ -55,7 +51,7 @@ def show(
     version: Version, learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as_json: Json = False
 ) -> None:
     """Show what a version is made of, tensor by tensor."""
-    manifest = _call(learner, token, "GET", f"/v1/weights/{version}")
+    manifest = ask(learner, f"/v1/weights/{version}", token, expect={"version", "tensors"})
     if as_json:
         typer.echo(json.dumps(manifest))
         return
@@ -99,7 +95,7 @@ def verify(
 @app.command()
 def promote(version: Version, learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None) -> None:
     """Make a version live, and let later ones follow by themselves."""
-    typer.echo(_call(learner, token, "POST", f"/v1/weights/{version}/promote")["state"])
+    typer.echo(_tell(learner, f"/v1/weights/{version}/promote", token))
 
 
 @app.command()
@@ -113,43 +109,17 @@ def rollback(
 ) -> None:
     """Make an older version live; later ones wait until one is promoted."""
     body = {"version": version, "continue_training": continue_training}
-    typer.echo(_call(learner, token, "POST", "/v1/weights/rollback", body)["state"])
+    typer.echo(_tell(learner, "/v1/weights/rollback", token, body))
 
 
 @app.command()
 def snapshot(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None) -> None:
     """Have the learner store its newest version whole, so that newcomers need no deltas."""
-    typer.echo(_call(learner, token, "POST", "/v1/weights/snapshot")["state"])
+    typer.echo(_tell(learner, "/v1/weights/snapshot", token))
 
 
-def _call(url: str, token: str | None, method: str, path: str, body: object = None) -> dict[str, Any]:
-    """Ask the learner; raises ConfigError with its message and hint, or when none answers."""
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-    data = None if body is None else json.dumps(body).encode()
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"{url!r} is not a URL; write --learner http://HOST:PORT")
-    request = urllib.request.Request(
-        url.rstrip("/") + urllib.parse.quote(path), data=data, headers=headers, method=method
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answer: dict[str, Any] = json.load(response)
-    except urllib.error.HTTPError as error:
-        raise ConfigError(_reason(error)) from None
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise ConfigError(f"no learner answers at {url} ({error}); start one or pass --learner URL") from None
-    if not isinstance(answer, dict) or not {"versions", "tensors", "state"} & answer.keys():
-        raise ConfigError(f"{url} is not a learner; pass its URL with --learner")
-    return answer
-
-
-def _reason(error: urllib.error.HTTPError) -> str:
-    try:
-        detail = json.load(error)["error"]
-        hint = "pass --token or set ASPO_TOKEN" if error.code in (401, 403) else detail["hint"]
-        return f"{detail['message']}; {hint}"
-    except (ValueError, KeyError, TypeError):
-        return f"{error.url} answered {error.code}; is it a learner? pass its URL with --learner"
+def _tell(url: str, path: str, token: str | None, body: object = None) -> str:
+    return str(ask(url, path, token, expect={"state"}, method="POST", body=body)["state"])
 
 
 def _short(base: str) -> str:

@@ -1,8 +1,8 @@
 """Which published version goes live: at once, or after a trial with one actor, the canary.
 
     releases = Releases(store, leases, config.canary)
-    releases.stored(version)                    # from the publisher's thread
-    releases.report(version, "actor-0", trial)  # from the HTTP thread
+    releases.stored(version)            # from the publisher's thread
+    releases.report(version, report)    # from the HTTP thread
 
 While a trial runs, later versions wait; the newest of them is tried next. A version that fails is withdrawn:
 the live one stays, and the next version gets its own trial.

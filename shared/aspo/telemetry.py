@@ -75,7 +75,7 @@ ACTOR_METRICS = {
     "weight_syncs": "Weight updates applied since the start",
     "weight_patches": "Updates that wrote only what had changed",
     "weight_repairs": "Times a damaged engine was brought back by loading its weights whole",
-    "weight_versions_behind": "Transfers that the last plan took",
+    "weight_versions_behind": "Steps by which the actor lagged when it fetched the last version",
     "weight_bytes": "Bytes of weights fetched since the start",
     "weight_bytes_from_peers": "Those of them that other actors or relays sent",
     "weight_retries": "Requests for weights that had to be repeated",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -214,6 +215,28 @@ async def test_a_damaged_mirror_is_fetched_anew(plane: Plane, monkeypatch: pytes
     plane.mirror.state.verify(plane.mirror.manifest)  # type: ignore[arg-type]
 
 
+async def test_a_damaged_mirror_waits_for_a_learner_that_is_gone(
+    plane: Plane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    version = plane.publish()
+    await plane.sync.sync_once()
+    next(iter(plane.mirror.state.tensors.values())).zero_()
+    await plane.engine.condemn("for the test")
+    with monkeypatch.context() as gone:
+        gone.setattr("aspo.weights.client.RETRIES", 1)
+        gone.setattr(plane.client, "_url", "http://127.0.0.1:1")
+        mending = asyncio.create_task(plane.sync.keep_mended())
+        async with asyncio.timeout(20):
+            while "waits for weights" not in caplog.text:  # noqa: ASYNC110 - only the log tells
+                await asyncio.sleep(0.05)
+        assert not mending.done()
+    async with asyncio.timeout(20):
+        while not plane.engine.healthy:  # noqa: ASYNC110 - the engine announces nothing
+            await asyncio.sleep(0.05)
+    mending.cancel()
+    await plane.check(version)
+
+
 async def test_an_engine_beyond_repair_is_an_error(plane: Plane, monkeypatch: pytest.MonkeyPatch) -> None:
     plane.publish()
 
@@ -274,6 +297,16 @@ async def test_a_canary_withdraws_a_bad_version_and_goes_back(
     assert str(plane.store.live()) == before
     await plane.sync.sync_once()
     await plane.check(before)
+
+
+async def test_a_completion_that_fills_the_context_is_not_scored(plane: Plane) -> None:
+    trials = Trials(plane.client, plane.engine, CanaryConfig(), "actor-0")
+    group = make_group(plane.model)
+    await trials.saw(group)
+    room = SETTINGS.max_model_len
+    assert room is not None
+    await trials.saw(dataclasses.replace(group, prompt_ids=np.full(room, 5, dtype=np.int32)))
+    assert len(await trials.score()) == 1
 
 
 def test_k3_is_zero_for_equal_policies_and_grows_with_their_distance() -> None:

@@ -67,7 +67,10 @@ class VersionGone(Refused):
 
 @dataclass(slots=True)
 class PullStats:
-    """What following cost: totals in bytes, seconds and counts since the start, and the last plan's kind."""
+    """What following cost: totals in bytes, seconds and counts since the start, and of the last plan.
+
+    `versions_behind` is the steps by which the client lagged when it asked, 0 where it came from nothing.
+    """
 
     bytes: int = 0
     bytes_from_peers: int = 0
@@ -97,8 +100,8 @@ class WeightClient:
         serves: str | None = None,
         role: str = "reader",
     ) -> None:
-        self._role = role
-        self._url, self._token, self._name, self.serves = url.rstrip("/"), token, name, serves
+        self._url, self._token = url.rstrip("/"), token
+        self._name, self._role, self.serves = name, role, serves
         self.cache = BlobStore(cache)
         self.stats = PullStats()
         self.on_bytes: Callable[[int], None] | None = None  # told of every piece that arrives
@@ -133,25 +136,26 @@ class WeightClient:
     async def plan(self, version: str) -> Plan:
         """The plan for one version from nothing; raises `VersionGone` if it is no longer kept."""
         data = await self._get(f"/v1/weights/{version}/plan", {})
-        return self._of_version(decode_plan(data or b""), version)
+        plan = decode_plan(data or b"")
+        _require_version(plan.manifest, version)
+        return plan
 
     async def manifest(self, version: str) -> Manifest:
         """The manifest of one version; raises `VersionGone` if it is no longer kept."""
         data = await self._get(f"/v1/weights/{version}", {})
         manifest = decode_manifest(data or b"")
-        if manifest.version != version:
-            raise WeightsError(f"asked for version {version}, got {manifest.version}")
+        _require_version(manifest, version)
         return manifest
 
     async def pull(self, plan: Plan) -> list[list[Path]]:
         """Fetch a plan's blobs and verify their digests; gives the paths of each transfer's blobs."""
-        began, retries = time.monotonic(), self.stats.retries
+        began = time.monotonic()
         refs = [ref for transfer in plan.transfers for ref in transfer.blobs]
         paths = dict(zip([ref.digest for ref in refs], await self.fetch(refs, plan.peers), strict=True))
         stats = self.stats
         stats.last_bytes, stats.last_seconds, stats.last_kind = plan.size, time.monotonic() - began, plan.kind
         stats.bytes, stats.seconds = stats.bytes + plan.size, stats.seconds + stats.last_seconds
-        stats.versions_behind, stats.retries = len(plan.transfers), max(retries, stats.retries)
+        stats.versions_behind = plan.steps
         stats.plans[plan.kind] = stats.plans.get(plan.kind, 0) + 1
         return [[paths[ref.digest] for ref in transfer.blobs] for transfer in plan.transfers]
 
@@ -181,11 +185,6 @@ class WeightClient:
                 await _check(response)
         except (aiohttp.ClientError, TimeoutError) as error:
             raise WeightsError(f"{self._url}{path}: {error}") from error
-
-    def _of_version(self, plan: Plan, version: str) -> Plan:
-        if plan.manifest.version != version:
-            raise WeightsError(f"asked for version {version}, got {plan.manifest.version}")
-        return plan
 
     async def _get(self, path: str, query: dict[str, str]) -> bytes | None:
         async def attempt() -> bytes | None:
@@ -337,7 +336,7 @@ class Mirror:
                 self.state = State({})  # before the next is loaded: there is room for one
                 self.state = _load(transfer, files)
                 continue
-            blobs = [path.read_bytes() for path in files]
+            blobs = (path.read_bytes() for path in files)
             found = self.state.advance(transfer, blobs, last=transfer is plan.transfers[-1])
             changes = {
                 name: _composed(self.state.tensors[name], [c[name] for c in (changes, found) if name in c])
@@ -379,6 +378,11 @@ def _composed(tensor: Tensor, changes: Sequence[Change]) -> Change:
         return Change(None, tensor)
     union = functools.reduce(np.union1d, positions)
     return Change(union, tensor.reshape(-1)[torch.from_numpy(union)])
+
+
+def _require_version(manifest: Manifest, version: str) -> None:
+    if manifest.version != version:
+        raise WeightsError(f"asked for version {version}, got {manifest.version}")
 
 
 async def _bounded(response: aiohttp.ClientResponse) -> bytes:

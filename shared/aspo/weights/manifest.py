@@ -113,6 +113,13 @@ class Plan(_Wire, frozen=True, kw_only=True):
         return self.transfers[0].base if self.transfers else self.manifest.version
 
     @property
+    def steps(self) -> int:
+        """Steps from the version it starts from to its own; 0 from nothing or from another epoch."""
+        target = self.manifest.policy_version
+        base = PolicyVersion.parse(self.base) if self.base else target
+        return target.step - base.step if base.epoch == target.epoch else 0
+
+    @property
     def kind(self) -> str:
         """`snapshot`, `delta`, or `snapshot+deltas`."""
         first = self.transfers[0].kind if self.transfers else "delta"
@@ -140,6 +147,7 @@ def decode_plan(data: bytes) -> Plan:
     """Read a plan and check that its transfers form a chain to its version; raises `WeightsError`."""
     plan: Plan = _decode(data, Plan, "a weights plan")
     check_manifest(plan.manifest)
+    _parse(*(name for t in plan.transfers for name in (t.version, t.base) if name))
     for before, after in zip(plan.transfers, plan.transfers[1:], strict=False):
         if after.base != before.version:
             raise WeightsError(f"the plan for {plan.manifest.version} breaks off at {before.version}")

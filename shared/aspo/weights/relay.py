@@ -48,7 +48,7 @@ class Relay:
         self.listener = listen(host, port, auth)
         self._leases = Leases()
         self._store = WeightStore(folder, leased=self._leases.versions)
-        self._behind = 0
+        self._since_refresh = 0
         self._reason: str | None = "nothing fetched yet"
 
     async def run(self) -> None:
@@ -94,11 +94,11 @@ class Relay:
 
     async def _adopt(self, client: WeightClient, plan: Plan) -> None:
         """Fetch all that a plan names and serve it; now and then also what a newcomer would need."""
-        self._behind += 1
+        self._since_refresh += 1
         await self._take(client, plan)
         self._store.promote(plan.manifest.policy_version)
-        if self._behind >= _REFRESH_EVERY:
-            self._behind = 0
+        if self._since_refresh >= _REFRESH_EVERY:
+            self._since_refresh = 0
             await self._take(client, await client.plan(plan.manifest.version))
         await asyncio.to_thread(self._store.collect)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -70,7 +70,7 @@ class State:
                 raise WeightsError(f"{manifest.version}: tensor {found.name} does not match its digest")
         self.version = manifest.version
 
-    def advance(self, transfer: Transfer, blobs: Sequence[bytes], *, last: bool = True) -> dict[str, Change]:
+    def advance(self, transfer: Transfer, blobs: Iterable[bytes], *, last: bool = True) -> dict[str, Change]:
         """Apply a delta in place; returns the positions and new values of each tensor that changed.
 
         The result is verified if it is the `last` of several in a row. Raises `WeightsError` for a delta of

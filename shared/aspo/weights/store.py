@@ -261,7 +261,7 @@ class WeightStore:
                 state = State.load(paths)
                 state.version = transfer.version
             else:
-                state.advance(transfer, [path.read_bytes() for path in paths])
+                state.advance(transfer, (path.read_bytes() for path in paths))
         state.verify(plan.manifest)
         return state
 

@@ -85,6 +85,7 @@ async def test_an_update_says_what_changed_since_the_version_before(
     assert plan is not None
     update = await mirror.follow(plan)
     assert (update.base, update.version) == ("r/1/0", "r/1/3")
+    assert puller.stats.versions_behind == 3
     old, new = tensors(0), tensors(3)
     for name, (positions, values) in update.changes.items():
         if positions is None:
