@@ -3,7 +3,8 @@
 A learner process (54M parameters, fp32 master, AdamW, bf16 published) takes a step and publishes; this
 process runs the real vLLM engine under load and follows over loopback HTTP. Then, with the same engine and
 load, a step's weights go the usual way: `save_pretrained`, then vLLM's own `reload_weights` from that folder.
-Both end when a request made after the update has given its token.
+Both end when a request made after the update has given its token. Once, too, a new engine is started on the
+saved folder, which is what an engine without in-flight updates needs.
 
     aspo bench publish --json
 """
@@ -110,7 +111,8 @@ async def measure(folder: Path, pipe: Connection, rounds: int, load: int) -> dic
             task.cancel()
         await asyncio.gather(*loading, return_exceptions=True)
         await engine.close()
-    return figures(published[1:], reloaded[1:], sync.stats.patches)
+        restarted = await restart(folder, settings)
+    return figures(published[1:], reloaded[1:], restarted, sync.stats.patches)
 
 
 async def keep_sampling(engine: Any) -> None:
@@ -158,8 +160,20 @@ async def reload_once(folder: Path, pipe: Connection, engine: Any) -> dict[str, 
     return {"seconds": time.monotonic() - began, "paused": resumed - paused, "to_pause": paused - pausing}
 
 
+async def restart(folder: Path, settings: Any) -> float:
+    """Seconds from the start of a new engine on the saved folder to its first token."""
+    from aspo_actor.engine import RolloutEngine
+
+    (folder / "saved" / "tokenizer.json").write_bytes((folder / "model" / "tokenizer.json").read_bytes())
+    began = time.monotonic()
+    engine = await RolloutEngine.start(folder / "saved", "bfloat16", settings, version="bench/1/0")
+    ready = time.monotonic() - began
+    await engine.close()
+    return ready
+
+
 def figures(
-    published: list[dict[str, float]], reloaded: list[dict[str, float]], patches: int
+    published: list[dict[str, float]], reloaded: list[dict[str, float]], restarted: float, patches: int
 ) -> dict[str, Any]:
     def median(rows: list[dict[str, float]], name: str) -> float:
         return statistics.median(row[name] for row in rows)
@@ -168,6 +182,8 @@ def figures(
     found |= {f"reload_{name}": median(reloaded, name) for name in reloaded[0]}
     return found | {
         "reload_to_publish": found["reload_seconds"] / found["publish_seconds"],
+        "restart_seconds": restarted,
+        "restart_to_publish": restarted / found["publish_seconds"],
         "paused_share": found["publish_paused"] / found["publish_seconds"],
         "updates": len(published),
         "patches": patches,

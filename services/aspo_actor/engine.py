@@ -32,6 +32,7 @@ import numpy as np
 from aspo.config import ConfigError, EngineConfig
 from aspo.errors import AspoError
 from aspo.schemas import FloatArray, IntArray, VersionSpan
+from aspo_actor.channel import Channel
 from aspo_actor.engine_settings import (
     check_request,
     import_vllm,
@@ -50,7 +51,6 @@ _SHUTDOWN_S = 5.0
 _UPDATE_TIMEOUT_S = 300.0
 _PROBE_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 30.0
-_POLL_S = 0.005
 
 
 class EngineError(AspoError, RuntimeError):
@@ -109,6 +109,7 @@ class RolloutEngine:
         self._failure: str | None = None
         self._damage: str | None = None
         self._unpatchable: str | None = None
+        self._channel: Channel | None = None
         self._closed = False
         self._update_lock = asyncio.Lock()
         # Cleared while new weights are on probation: what they sample is not handed out before the probe.
@@ -144,6 +145,7 @@ class RolloutEngine:
             await client.update_weight_version(version)
             reasons = await client.collective_rpc("aspo_unpatchable")
             engine._unpatchable = next(filter(None, reasons), None)
+            engine._channel = await Channel.connect(await client.collective_rpc("aspo_listen"))
             await engine._warm_up()
         except BaseException:
             await engine.close()
@@ -270,7 +272,7 @@ class RolloutEngine:
             name = str(Path(patch).resolve())
             began = time.perf_counter()
             async with self._checking(version):
-                _refuse(version, await self._beside("aspo_stage_patch", name))
+                _refuse(version, await self._beside("stage_patch", name))
             return await self._replace({"patch": name}, version, began)
 
     async def digests(self, names: Sequence[str]) -> dict[str, str]:
@@ -282,7 +284,7 @@ class RolloutEngine:
         async with self._update_lock:
             self._require_healthy()
             try:
-                answers = await self._beside("aspo_digests", list(names))
+                answers = await self._beside("digests", list(names))
             except Exception as error:
                 await self._suspend(f"weights {self._version} cannot be read back: {one_line(error)}")
                 raise EngineError(self.failure) from error
@@ -304,6 +306,8 @@ class RolloutEngine:
         if self._closed:
             return
         self._closed = True
+        if self._channel is not None:
+            self._channel.close()
         with contextlib.suppress(Exception):
             await self._client.abort(list(self._running))
         if self._client.output_handler is not None:
@@ -324,19 +328,16 @@ class RolloutEngine:
 
     async def _beside(self, call: str, argument: Any) -> list[Any]:
         """Have every worker do something beside the sampling, and return their answers."""
+        assert self._channel is not None
         async with asyncio.timeout(_PROBE_TIMEOUT_S):
-            await self._client.collective_rpc("aspo_begin", args=(call, argument))
-            while True:
-                answers = await self._client.collective_rpc("aspo_answer")
-                if all(done for done, _ in answers):
-                    return [answer for _, answer in answers]
-                await asyncio.sleep(_POLL_S)
+            return await self._channel.call(call, argument)
 
     async def _replace(self, update: dict[str, Any], version: str, began: float) -> UpdateTimings:
         checked = time.perf_counter()
         async with self._probation(version):
-            paused, applied = await self._write(update, version)
-            await self._probe(_PROBE_TIMEOUT_S)
+            paused = await self._write(update, version)
+            # In this order: with the probe's request queued, the very next step answers it.
+            _, applied = await asyncio.gather(self._probe(_PROBE_TIMEOUT_S), self._resume())
         return UpdateTimings(
             check_s=checked - began,
             pause_s=paused - checked,
@@ -362,16 +363,19 @@ class RolloutEngine:
         self._damage = None
         self._trusted.set()
 
-    async def _write(self, update: dict[str, Any], version: str) -> tuple[float, float]:
-        """Pause, write, label, resume; returns the moments at which sampling stood and could go on."""
+    async def _write(self, update: dict[str, Any], version: str) -> float:
+        """Pause, write and label; returns the moment at which sampling stood."""
         await self._pause()
         paused = time.perf_counter()
         self._updates += 1
         await self._client.collective_rpc("aspo_update", args=(update,))
         await self._client.update_weight_version(version)
         self._version, self._exposed = version, True
+        return paused
+
+    async def _resume(self) -> float:
         await self._client.resume_generation()
-        return paused, time.perf_counter()
+        return time.perf_counter()
 
     async def _pause(self) -> None:
         # Running requests keep their keys and values; the salt keeps new ones from old prefix blocks.

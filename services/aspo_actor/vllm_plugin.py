@@ -32,7 +32,6 @@ import select
 import signal
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
+from aspo_actor.channel import answer_calls
 from aspo_actor.checkpoint import (
     WeightMismatchError,
     checkpoint_files,
@@ -263,15 +263,9 @@ class AspoWorkerExtension:
         """Digests of whole tensors in memory, None for each that this worker does not hold."""
         return self.weight_transfer_engine.digests(names)
 
-    def aspo_begin(self, call: str, argument: Any) -> None:
-        """Have `aspo_stage_patch` or `aspo_digests` run beside the sampling; no update may come before."""
-        if call not in ("aspo_stage_patch", "aspo_digests"):
-            raise ValueError(f"{call} cannot run beside the sampling")
-        _job.start(getattr(self, call), argument)
-
-    def aspo_answer(self) -> list[Any]:
-        """Whether what was begun is done, and then what it returned; raises what it raised."""
-        return _job.answer()
+    def aspo_listen(self) -> str:
+        """Take `aspo_stage_patch` and `aspo_digests` beside the sampling too; returns the socket's path."""
+        return answer_calls({"stage_patch": self.aspo_stage_patch, "digests": self.aspo_digests})
 
     def aspo_update(self, update_info: dict[str, Any]) -> None:
         """One whole update; vLLM's three calls in one, for sampling stands still meanwhile."""
@@ -279,25 +273,6 @@ class AspoWorkerExtension:
         worker.start_weight_update()
         worker.update_weights(update_info)
         worker.finish_weight_update()
-
-
-class _Job:
-    """One call at a time in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "aspo-job")
-        self._future: Future[Any] | None = None
-
-    def start(self, call: Any, argument: Any) -> None:
-        self._future = self._thread.submit(call, argument)
-
-    def answer(self) -> list[Any]:
-        if self._future is None:
-            raise RuntimeError("nothing was begun")
-        return [True, self._future.result()] if self._future.done() else [False, None]
-
-
-_job = _Job()
 
 
 def _identity(file: str) -> tuple[Any, ...]:
