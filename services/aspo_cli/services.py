@@ -12,8 +12,9 @@ from pathlib import Path
 import redis
 from pydantic import SecretStr
 
-from aspo.config import AuthConfig, ConfigError, load_config
-from aspo.queue import QueueError
+from aspo.config import AuthConfig, Config, ConfigError, load_config
+from aspo.fence import Fence
+from aspo.queue import OUTAGE_S, QueueError, connect
 from aspo.telemetry import setup_logging
 
 log = logging.getLogger(__name__)
@@ -23,9 +24,27 @@ def run_learner(path: Path, overrides: list[str]) -> None:
     """Train to the end; a SIGTERM or SIGINT ends the run after the current step, a second one at once."""
     setup_logging()
     config = load_config(path, overrides)
+    fence = hold_run(config)
+    try:
+        _train(config, fence)
+    finally:
+        fence.release()
+
+
+def hold_run(config: Config) -> Fence:
+    """Take the run before anything heavy is loaded, so that a second learner is refused at once."""
+    from aspo_learner.identity import claim_run
+
+    client = connect(config.redis.url, retries=OUTAGE_S)
+    config.run.path.mkdir(parents=True, exist_ok=True)
+    claim_run(client, config.run.name, config.run.path)
+    return Fence.acquire(client, config.run.name, config.run.path)
+
+
+def _train(config: Config, fence: Fence) -> None:
     from aspo_learner.learner import Learner
 
-    learner = Learner(config)
+    learner = Learner(config, fence)
 
     def stop(signum: int, frame: object) -> None:
         if learner.controls.stop.is_set():

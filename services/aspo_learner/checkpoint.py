@@ -11,7 +11,10 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +24,30 @@ from blake3 import blake3
 from torch import Tensor, nn
 
 from aspo.config import ConfigError
+from aspo.failpoints import reach
 
 log = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; they come and go inside `commit`, which raises for a learner replaced."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(
+        self, folder: Path, *, keep: int, commit: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self._folder, self._keep, self._commit = folder, keep, commit
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".partial-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> Path:
         """Write a checkpoint durably and drop those beyond the newest `keep`; `state` is JSON data."""
-        target = self._new_name(step)
-        partial = self._folder / f".partial-{step:08}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial = Path(tempfile.mkdtemp(dir=self._folder, prefix=".partial-"))
         safetensors.torch.save_file(dict(model.named_parameters()), partial / "model.safetensors")
+        reach("checkpoint.shard")
         safetensors.torch.save_file(_flatten(optimizer, model), partial / "optimizer.safetensors")
         state = state | {
             "step": step,
@@ -50,13 +56,17 @@ class Checkpoints:
         (partial / "state.json").write_text(json.dumps(state))
         digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
         (partial / _DIGESTS).write_text(json.dumps(digests))
+        reach("checkpoint.manifest")
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        os.replace(partial, target)
-        _sync(self._folder)
-        older = [path for path in self._all() if path < target]
-        for old in older[: max(0, len(older) - self._keep + 1)]:
-            shutil.rmtree(old, ignore_errors=True)
+        with self._commit():
+            target = self._new_name(step)
+            os.replace(partial, target)
+            _sync(self._folder)
+            reach("checkpoint.renamed")
+            older = [path for path in self._all() if path < target]
+            for old in older[: max(0, len(older) - self._keep + 1)]:
+                shutil.rmtree(old, ignore_errors=True)
         return target
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -105,6 +105,16 @@ class Intake:
             self._end(index)
             batch.append(group)
         return batch
+
+    def take_planned(self, indices: Sequence[int]) -> list[RolloutGroup] | None:
+        """Give the groups of just these tasks, in this order, however stale; None while one is missing."""
+        if not self._held.issuperset(indices):
+            return None
+        planned, groups = set(indices), dict(self._ready)
+        self._ready = deque(item for item in self._ready if item[0] not in planned)
+        for index in indices:
+            self._end(index)
+        return [groups[index] for index in indices]
 
     def acknowledge(self) -> None:
         """Give up everything that has ended; call it once a durable checkpoint holds the ledger."""

@@ -1,6 +1,6 @@
 """The learner: take stale rollouts, train, publish, checkpoint, acknowledge.
 
-    Learner(config).run()        # serves HTTP in a thread of its own while it trains
+    Learner(config, fence).run()        # serves HTTP in a thread of its own while it trains
 
 The order is train -> durable checkpoint -> acknowledge; publishing may run ahead of the checkpoint.
 """
@@ -20,9 +20,11 @@ import redis
 import torch
 
 from aspo.config import Config, ConfigError
+from aspo.failpoints import reach
+from aspo.fence import Fence
 from aspo.http import Server, listen
 from aspo.presence import ActorStatus, present
-from aspo.queue import RolloutReader, TaskQueue, connect, fault_of
+from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.weights.leases import Leases
@@ -31,13 +33,13 @@ from aspo_learner.app import Controls, LearnerStatus, build_app
 from aspo_learner.batching import repetition, staleness_of
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.data import Prompt, load_prompts
-from aspo_learner.dispatcher import Dispatcher
+from aspo_learner.dispatcher import Dispatcher, task_index
 from aspo_learner.evaluation import Evaluator
-from aspo_learner.identity import claim_run
 from aspo_learner.intake import Intake, Limits
+from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy, pick_device
-from aspo_learner.publisher import Publisher, next_epoch
+from aspo_learner.publisher import Publisher
 from aspo_learner.releases import Releases
 from aspo_learner.report import RunHistory
 from aspo_learner.trainer import Trainer
@@ -45,15 +47,14 @@ from aspo_learner.trainer import Trainer
 log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SILENCE_S = 10.0
-_OUTAGE_S = 120  # of Redis that the learner waits out
 
 
 class Learner:
     """One run's learner; `run` returns when the steps are done, the target is met or it is told so."""
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.controls = config, Controls()
-        self._redis = connect(config.redis.url, retries=_OUTAGE_S)
+    def __init__(self, config: Config, fence: Fence) -> None:
+        self.config, self.controls, self._fence = config, Controls(), fence
+        self._redis = connect(config.redis.url, retries=OUTAGE_S)
         self._status_redis = connect(config.redis.url)  # the HTTP thread must not wait out an outage
         self._listener = listen(config.learner.host, config.learner.port, config.auth)
         if config.learner.threads:
@@ -75,28 +76,32 @@ class Learner:
             keep=config.weights.keep,
             snapshot_every=config.weights.snapshot_every,
             leased=self.leases.versions,
+            commit=fence.commit,
         )
         self.releases = Releases(self._store, self.leases, config.canary)
-        self._checkpoints = Checkpoints(config.run.path / "checkpoints", keep=config.learner.keep_checkpoints)
+        self._checkpoints = Checkpoints(
+            config.run.path / "checkpoints", keep=config.learner.keep_checkpoints, commit=fence.commit
+        )
+        self._journal = Journal(config.run.path / "plan.jsonl", commit=fence.commit)
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
         self._checkpoint_seconds = 0.0
-        claim_run(self._redis, config.run.name, config.run.path)
         self._ledger, cursor = self._restore()
-        epoch = next_epoch(self._redis, config.run.name, self._store)
-        self._publisher = self._new_publisher(epoch)
-        self._connect_queues(prompts, held_out, cursor, epoch)
+        self._retraining_until = self.step
+        self._publisher = self._new_publisher()
+        self._connect_queues(prompts, held_out, cursor)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
         app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
         with Server(app, self._listener) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
-            self._publish()
-            self._publisher.wait()
             while self._intake.pump(self._current, 0.0):
                 pass  # what a former learner left unacknowledged
+            self._resume_plan()
+            self._publish()
+            self._publisher.wait()
             self._dispatcher.ask_again(self._intake.held)
             if self.step == 0:
                 self._history.accuracy_before = self._evaluate_now("evaluating before training")
@@ -171,11 +176,11 @@ class Learner:
         log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
         return Ledger.load(state["ledger"]), state["cursor"]
 
-    def _connect_queues(
-        self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], cursor: int, epoch: int
-    ) -> None:
-        config = self.config
-        self._tasks = TaskQueue(self._redis, config.run.name, lease_s=config.redis.task_lease_s)
+    def _connect_queues(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], cursor: int) -> None:
+        config, epoch = self.config, self._fence.epoch
+        self._tasks = TaskQueue(
+            self._redis, config.run.name, lease_s=config.redis.task_lease_s, fence=self._fence
+        )
         self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
         self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
         limits = Limits(
@@ -187,7 +192,7 @@ class Learner:
             max_staleness=config.learner.max_staleness,
             branch=self.step,
         )
-        reader = RolloutReader(self._redis, config.run.name)
+        reader = RolloutReader(self._redis, config.run.name, fence=self._fence)
         self._reader = reader
         self._intake = Intake(
             reader,
@@ -223,9 +228,12 @@ class Learner:
         if groups is None:
             return
         taken = time.monotonic()
+        reach("step.read")
+        self._plan(groups)
         self._phase = "training"
         metrics = self._describe(groups) | self.trainer.train_step(groups)
         trained = time.monotonic()
+        reach("step.trained")
         self.step += 1
         self._publish_if_due()
         self._dispatch()
@@ -249,7 +257,7 @@ class Learner:
             if self.controls.checkpoint.is_set():
                 self._checkpoint()
             if self.controls.running.is_set():
-                batch = self._intake.take(self.config.learner.batch_prompts, self._current)
+                batch = self._take()
                 if batch is not None:
                     return batch
             self._dispatch()
@@ -257,8 +265,47 @@ class Learner:
             self._listen()
         return None
 
+    def _take(self) -> list[RolloutGroup] | None:
+        """Take the batch that the next step is planned on or, without a plan, the oldest there is."""
+        planned = self._journal.planned(self.step + 1)
+        if planned is not None and not self._ledger.isdisjoint(planned):
+            log.error("step %d cannot be trained as it was: one of its rollouts is unusable", self.step + 1)
+            self._journal.forget_from(self.step + 1)
+            self._branch_off(self.step)
+            planned = None
+        if planned is not None:
+            return self._intake.take_planned(planned)
+        return self._intake.take(self.config.learner.batch_prompts, self._current)
+
+    def _plan(self, groups: Sequence[RolloutGroup]) -> None:
+        indices = [task_index(group.uid, self.config.run.name, "train") for group in groups]
+        self._journal.write(self.step + 1, [index for index in indices if index is not None])
+        reach("step.planned")
+
+    def _resume_plan(self) -> None:
+        """See whether the steps after the checkpoint can be trained again from the very same rollouts.
+
+        If so, their versions come out as they were, and what was published of them stays as it is.
+        """
+        steps = range(self.step + 1, self._journal.last + 1)
+        planned = {index for step in steps for index in self._journal.planned(step) or ()}
+        if not planned:
+            return
+        if planned <= self._intake.held:
+            log.info("training steps %d to %d again, from the same rollouts", steps[0], steps[-1])
+            self._branch_off(steps[-1])
+        else:
+            lost = len(planned - self._intake.held)
+            log.warning("%d rollouts of steps %d to %d are asked for again", lost, steps[0], steps[-1])
+
+    def _branch_off(self, step: int) -> None:
+        """Take what earlier epochs did beyond `step` for lost; up to there it is, or is made, the same."""
+        self._retraining_until = step
+        self._intake.limits = dataclasses.replace(self._intake.limits, branch=step)
+
     def _listen(self) -> None:
         """Take in what arrives; after a long silence say so, and ask again for what may have been lost."""
+        self._fence.require()
         self.releases.tick()
         if self._intake.pump(self._current, _POLL_S):
             self._heard = time.monotonic()
@@ -277,11 +324,17 @@ class Learner:
     def _publish_if_due(self) -> None:
         if self.step % self.config.weights.publish_every == 0:
             self._publish()
+        if self.step < self._retraining_until:
+            return
         due = self._evaluator is not None and self.step % self.config.eval.every == 0
         if due and self._evaluator is not None and not self._evaluator.running:
             self._evaluator.start(self._evaluable(), self.config.eval.max_prompts)
 
     def _publish(self) -> None:
+        live = self._store.live()
+        if self.step < self._retraining_until and live is not None:
+            self._history.weight_version = str(live)  # newer than this, and no less true
+            return
         version = self._publisher.publish(self.step)
         self._history.weight_version = str(version)
         self.releases.tick()
@@ -301,16 +354,20 @@ class Learner:
                 return
             self._listen()
 
-    def _new_publisher(self, epoch: int) -> Publisher:
-        return Publisher(self._store, self.policy, self.config.run.name, epoch, self.releases.stored)
+    def _new_publisher(self) -> Publisher:
+        return Publisher(
+            self._store, self.policy, self.config.run.name, self._fence.epoch, self.releases.stored
+        )
 
     def _continue_from(self, version: PolicyVersion) -> None:
         """Take a version's weights up again, as an operator asked, under a new epoch and a new optimizer."""
         self._publisher.close()
         self.policy.load_published(self._store.state(version).tensors)
         self.trainer.optimizer.state.clear()
-        self._intake.limits = dataclasses.replace(self._intake.limits, branch=self.step)
-        self._publisher = self._new_publisher(next_epoch(self._redis, self.config.run.name, self._store))
+        self._fence.advance()
+        self._journal.forget_from(self.step + 1)
+        self._branch_off(self.step)
+        self._publisher = self._new_publisher()
         self._store.promote(version)
         self._publish()
         self._checkpoint()
@@ -327,7 +384,9 @@ class Learner:
             "history": self._history.state(),
         }
         self._checkpoints.save(self.step, self.policy.model, self.trainer.optimizer, state)
+        reach("acknowledge.before")
         self._intake.acknowledge()
+        reach("acknowledge.after")
         self._checkpoint_seconds = time.monotonic() - started
 
     def _evaluate_now(self, phase: str) -> float | None:
@@ -395,7 +454,8 @@ class Learner:
                 100 * metrics["reward_failed_fraction"],
             )
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        self._history.add(metrics, rollouts=rollouts)
+        with self._fence.commit():
+            self._history.add(metrics, rollouts=rollouts)
         self._gauges.set(metrics)
         log.info(
             "step %d  reward %.3f  entropy %.3f  staleness %.1f  wait %.2f s  train %.2f s",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -16,6 +17,10 @@ class Ledger:
 
     def __len__(self) -> int:
         return self._watermark + len(self._beyond)
+
+    def isdisjoint(self, indices: Iterable[int]) -> bool:
+        """Whether none of these tasks has ended."""
+        return not any(index in self for index in indices)
 
     def add(self, index: int) -> None:
         """Record that a task has ended."""

@@ -6,25 +6,16 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import redis
 import torch
 from torch import Tensor
 
+from aspo.failpoints import reach
 from aspo.schemas import PolicyVersion
 from aspo.weights.manifest import Manifest, WeightsError
 from aspo.weights.store import WeightStore
 from aspo_learner.policy import Policy
 
 log = logging.getLogger(__name__)
-
-
-def next_epoch(client: redis.Redis, run: str, store: WeightStore) -> int:
-    """Take an epoch higher than any before, in Redis and in the store alike."""
-    key = f"aspo:{run}:epoch"
-    highest = max((version.epoch for version in store.versions()), default=0)
-    while (epoch := int(client.incr(key))) <= highest:
-        client.incrby(key, highest - epoch)
-    return epoch
 
 
 class Publisher:
@@ -88,11 +79,14 @@ class Publisher:
     @torch.no_grad()
     def _store_copy(self, version: PolicyVersion, copy: dict[str, Tensor]) -> Manifest:
         try:
+            reach("publish.storing")
             manifest = self._store.put(version, copy, self._policy.published_files(), live=False)
+            reach("publish.stored")
         finally:
             if self._store.holds(copy):
                 self._copies.reverse()
         self._on_stored(version)
+        reach("publish.live")
         transfers = self._store.transfers(version)
         self.metrics = {"weights_bytes": float(min((t.size for t in transfers), default=0))}
         if manifest.changed_fraction is not None:

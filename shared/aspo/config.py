@@ -24,12 +24,14 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from aspo import failpoints
 from aspo.errors import AspoError
 
 ENV_PREFIX = "ASPO_"
 ENV_DELIMITER = "__"
 MAX_GROUP_TOKENS = 2**22  # of one rollout group; what the codec carries
 TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the services
+_OTHER_VARIABLES = {TOKEN_VARIABLE, failpoints.VARIABLE}
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -385,7 +387,7 @@ def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
 
 def _refuse_unknown_variables() -> None:
     for name in os.environ:
-        if not name.upper().startswith(ENV_PREFIX) or name == TOKEN_VARIABLE:
+        if not name.upper().startswith(ENV_PREFIX) or name in _OTHER_VARIABLES:
             continue
         section, _, key = name[len(ENV_PREFIX) :].lower().partition(ENV_DELIMITER)
         field = Config.model_fields.get(section)

@@ -16,16 +16,18 @@ Only commands of Redis 6.2 are used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import redis
 from redis.backoff import ExponentialBackoff
+from redis.client import Pipeline
 from redis.retry import Retry
 
 from aspo.codec import CodecError, decode_task, encode_task
 from aspo.errors import AspoError
+from aspo.fence import Fence
 from aspo.schemas import Purpose, Task
 
 GROUP = "aspo"
@@ -33,6 +35,7 @@ PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 QUARANTINE_LENGTH = 1000  # the newest unusable rollouts, kept for inspection
 _STALE_ID = "equal or smaller"
 _HANDED_BACK_MS = 10**9
+OUTAGE_S = 120  # of Redis that a learner waits out
 
 
 class QueueError(AspoError, RuntimeError):
@@ -98,10 +101,12 @@ class Delivery:
 
 
 class TaskQueue:
-    """The learner's requests for rollouts; evaluation tasks go first."""
+    """The learner's requests for rollouts; evaluation tasks go first. `fence` is the learner's."""
 
-    def __init__(self, client: redis.Redis, run: str, *, lease_s: float = 120.0) -> None:
-        self._redis = client
+    def __init__(
+        self, client: redis.Redis, run: str, *, lease_s: float = 120.0, fence: Fence | None = None
+    ) -> None:
+        self._redis, self._fence = client, fence
         self._lease_ms = int(lease_s * 1000)
         self._streams = {purpose: f"aspo:{run}:tasks:{purpose}".encode() for purpose in PURPOSES}
         for stream in self._streams.values():
@@ -110,18 +115,24 @@ class TaskQueue:
     def reset(self, purpose: Purpose) -> None:
         """Forget all tasks of a purpose, for a learner that asks anew for what is still missing."""
         stream = self._streams[purpose]
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.delete(stream)
-        pipeline.xgroup_create(stream, GROUP, id="0", mkstream=True)
-        pipeline.execute()
+
+        def commands(pipeline: Pipeline) -> None:
+            pipeline.delete(stream)
+            pipeline.xgroup_create(stream, GROUP, id="0", mkstream=True)
+
+        _execute(self._redis, self._fence, commands)
 
     def put(self, tasks: Iterable[Task]) -> None:
         """Store tasks in ascending index order; a task whose index is already stored is left as it is."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for task in tasks:
-            entry_id = f"0-{task.index + 1}"
-            pipeline.xadd(self._streams[task.purpose], {"task": encode_task(task)}, id=entry_id)
-        for reply in pipeline.execute(raise_on_error=False):
+        entries = [(self._streams[t.purpose], {"task": encode_task(t)}, f"0-{t.index + 1}") for t in tasks]
+        if not entries:
+            return
+
+        def commands(pipeline: Pipeline) -> None:
+            for stream, fields, entry_id in entries:
+                pipeline.xadd(stream, fields, id=entry_id)
+
+        for reply in _execute(self._redis, self._fence, commands, raise_on_error=False):
             if isinstance(reply, Exception) and _STALE_ID not in str(reply):
                 raise reply
 
@@ -221,8 +232,10 @@ class RolloutWriter:
 class RolloutReader:
     """The learner's view of every actor's stream; what it reads stays pending until acknowledged."""
 
-    def __init__(self, client: redis.Redis, run: str, *, consumer: str = "learner") -> None:
-        self._redis = client
+    def __init__(
+        self, client: redis.Redis, run: str, *, consumer: str = "learner", fence: Fence | None = None
+    ) -> None:
+        self._redis, self._fence = client, fence
         self._consumer = consumer
         self._registry = f"aspo:{run}:rollout-streams"
         self._quarantine = f"aspo:{run}:quarantine"
@@ -248,12 +261,17 @@ class RolloutReader:
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """Give up rollouts that a durable checkpoint covers, and free them."""
-        _acknowledge(self._redis, ((delivery.stream, delivery.entry_id) for delivery in deliveries))
+        entries = ((delivery.stream, delivery.entry_id) for delivery in deliveries)
+        _acknowledge(self._redis, entries, self._fence)
 
     def quarantine(self, delivery: Delivery, reason: str) -> None:
         """Keep a copy of a rollout that cannot be used, with the reason; it still is to be acknowledged."""
         entry = {"reason": reason, "uid": delivery.uid, "group": delivery.payload}
-        self._redis.xadd(self._quarantine, entry, maxlen=QUARANTINE_LENGTH, approximate=False)
+
+        def commands(pipeline: Pipeline) -> None:
+            pipeline.xadd(self._quarantine, entry, maxlen=QUARANTINE_LENGTH, approximate=False)
+
+        _execute(self._redis, self._fence, commands)
 
     @property
     def streams(self) -> int:
@@ -299,15 +317,35 @@ def _ensure_group(client: redis.Redis, stream: Any) -> None:
             raise
 
 
-def _acknowledge(client: redis.Redis, entries: Iterable[tuple[bytes, bytes]]) -> None:
+def _execute(
+    client: redis.Redis,
+    fence: Fence | None,
+    commands: Callable[[Pipeline], None],
+    *,
+    raise_on_error: bool = True,
+) -> list[Any]:
+    """Run the commands all or none, behind the learner's fence if there is one."""
+    if fence is not None:
+        return fence.execute(commands, raise_on_error=raise_on_error)
+    with client.pipeline(transaction=True) as pipeline:
+        commands(pipeline)
+        replies: list[Any] = pipeline.execute(raise_on_error)
+    return replies
+
+
+def _acknowledge(
+    client: redis.Redis, entries: Iterable[tuple[bytes, bytes]], fence: Fence | None = None
+) -> None:
     """XACK alone frees no memory, so the entries are deleted in the same transaction."""
     by_stream: dict[bytes, list[bytes]] = {}
     for stream, entry_id in entries:
         by_stream.setdefault(stream, []).append(entry_id)
     if not by_stream:
         return
-    pipeline = client.pipeline(transaction=True)
-    for stream, ids in by_stream.items():
-        pipeline.xack(stream, GROUP, *ids)
-        pipeline.xdel(stream, *ids)
-    pipeline.execute()
+
+    def commands(pipeline: Pipeline) -> None:
+        for stream, ids in by_stream.items():
+            pipeline.xack(stream, GROUP, *ids)
+            pipeline.xdel(stream, *ids)
+
+    _execute(client, fence, commands)

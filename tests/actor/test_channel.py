@@ -29,8 +29,8 @@ class Worker:
 
 
 @pytest.fixture
-async def worker() -> AsyncIterator[Worker]:
-    yield Worker()
+def worker() -> Worker:
+    return Worker()
 
 
 @pytest.fixture

@@ -1,0 +1,194 @@
+"""One learner a run: an epoch that only grows, a lease that says somebody holds it, a lock on the folder.
+
+    fence = Fence.acquire(client, "demo", folder)       # refuses while another learner holds the run
+    fence.execute(lambda pipeline: pipeline.xack(...))  # in Redis: all of it, and only under the highest epoch
+    with fence.commit():                                # the same for the run's folder
+        os.replace(partial, target)
+
+The lease keeps a second learner out while the first is alive; the epoch keeps the first out once a second
+has taken over, however long it slept: what checks it also acts, in one atomic step (WATCH and MULTI in
+Redis, a file lock on the folder), so no clock decides. Only commands of Redis 6.2 are used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import redis
+from redis.client import Pipeline
+
+from aspo.errors import AspoError
+
+log = logging.getLogger(__name__)
+LEASE_S = 3.0
+_LOOK_S = 0.1
+
+
+class RunTakenError(AspoError, RuntimeError):
+    """Another learner holds the run; the text says which."""
+
+
+class FencedError(AspoError, RuntimeError):
+    """Another learner has taken the run over: this one may change nothing any more."""
+
+    exit_code = 1
+
+
+class Fence:
+    """The right to change a run, held by one learner at a time; safe from any thread."""
+
+    def __init__(self, client: redis.Redis, run: str, folder: Path, owner: bytes) -> None:
+        self._client, self._run, self._owner = client, run, owner
+        self._epoch_key, self._lease_key = f"aspo:{run}:epoch", f"aspo:{run}:lease"
+        self._lock_file, self._epoch_file = folder / ".lock", folder / "epoch"
+        self._folder_lock, self._folder_depth = threading.RLock(), 0
+        self._epoch = 0
+        self._left = threading.Event()
+        self._lost: FencedError | None = None
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
+
+    @classmethod
+    def acquire(cls, client: redis.Redis, run: str, folder: Path) -> Self:
+        """Take the run and a new epoch; waits out the lease of a learner that died.
+
+        Raises `RunTakenError`, within `LEASE_S` seconds, when a living learner holds the run.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        owner = f"{socket.gethostname()}, process {os.getpid()} ({uuid.uuid4().hex[:8]})"
+        fence = cls(client, run, folder, owner.encode())
+        fence._take_lease()
+        fence.advance()
+        fence._thread.start()
+        return fence
+
+    @property
+    def epoch(self) -> int:
+        """This learner's epoch."""
+        return self._epoch
+
+    def advance(self) -> int:
+        """Go on under a higher epoch than any before, in Redis and in the folder; returns it."""
+        with self._locked_folder():
+            floor = max(self._epoch, self._epoch_on_disk())
+            self._epoch = self._raise_epoch(floor)
+            partial = self._epoch_file.with_suffix(".partial")
+            partial.write_text(str(self._epoch))
+            os.replace(partial, self._epoch_file)
+        return self._epoch
+
+    def require(self) -> None:
+        """Raise `FencedError` if the run is known to have been taken over."""
+        if self._lost is not None:
+            raise self._lost
+
+    def execute(self, queue: Callable[[Pipeline], Any], *, raise_on_error: bool = True) -> list[Any]:
+        """Run the commands that `queue` puts into a pipeline, all or none, under the highest epoch only.
+
+        Raises `FencedError`, nothing done, when there is a higher one. After a lost reply the commands are
+        sent again: they must bear it.
+        """
+        self.require()
+        with self._client.pipeline(transaction=True) as pipeline:
+            while True:
+                try:
+                    pipeline.watch(self._epoch_key)
+                    highest = int(pipeline.get(self._epoch_key) or 0)
+                    self._refuse_below(highest)
+                    pipeline.multi()
+                    if highest < self._epoch:  # Redis has lost data
+                        pipeline.set(self._epoch_key, self._epoch)
+                    queue(pipeline)
+                    replies: list[Any] = pipeline.execute(raise_on_error)
+                    return replies[1:] if highest < self._epoch else replies
+                except redis.WatchError:
+                    continue
+
+    @contextlib.contextmanager
+    def commit(self) -> Iterator[None]:
+        """Change the run's folder in the body; raises `FencedError` before it under a higher epoch."""
+        self.require()
+        with self._locked_folder():
+            self._refuse_below(self._epoch_on_disk())
+            yield
+
+    def release(self) -> None:
+        """Give the run up, so that the next learner need not wait."""
+        self._left.set()
+        self._thread.join()
+        with contextlib.suppress(FencedError, redis.RedisError):
+            if self._client.get(self._lease_key) == self._owner:
+                self.execute(lambda pipeline: pipeline.delete(self._lease_key))
+
+    def _take_lease(self) -> None:
+        """Take the lease once it is free; one that is renewed meanwhile belongs to a living learner."""
+        least = None
+        while not self._client.set(self._lease_key, self._owner, nx=True, px=int(LEASE_S * 1000)):
+            holder, left = self._client.get(self._lease_key), self._client.pttl(self._lease_key)
+            if least is not None and left > least:
+                name = (holder or b"?").decode(errors="replace")
+                raise RunTakenError(
+                    f"a learner on {name} holds run {self._run!r}; stop it first, or choose another run.name"
+                )
+            least = left
+            time.sleep(_LOOK_S)
+
+    def _keep_renewing(self) -> None:
+        while not self._left.wait(LEASE_S / 3):
+            try:
+                self.execute(lambda p: p.set(self._lease_key, self._owner, px=int(LEASE_S * 1000)))
+            except FencedError as error:
+                log.error("%s", error)
+                return
+            except redis.RedisError as error:
+                log.debug("lease not renewed: %s", error)
+
+    def _raise_epoch(self, floor: int) -> int:
+        with self._client.pipeline(transaction=True) as pipeline:
+            while True:
+                try:
+                    pipeline.watch(self._epoch_key)
+                    highest = int(pipeline.get(self._epoch_key) or 0)
+                    if self._epoch:
+                        self._refuse_below(highest)
+                    epoch = max(highest, floor) + 1
+                    pipeline.multi()
+                    pipeline.set(self._epoch_key, epoch)
+                    pipeline.execute()
+                    return epoch
+                except redis.WatchError:
+                    continue
+
+    def _refuse_below(self, highest: int) -> None:
+        if highest > self._epoch:
+            self._lost = FencedError(
+                f"another learner has taken run {self._run!r} over (epoch {highest}, this is {self._epoch}); "
+                "this one stops"
+            )
+            raise self._lost
+
+    def _epoch_on_disk(self) -> int:
+        try:
+            return int(self._epoch_file.read_text())
+        except FileNotFoundError:
+            return 0
+
+    @contextlib.contextmanager
+    def _locked_folder(self) -> Iterator[None]:
+        with self._folder_lock, contextlib.ExitStack() as stack:
+            if self._folder_depth == 0:
+                fcntl.flock(stack.enter_context(self._lock_file.open("w")), fcntl.LOCK_EX)
+            self._folder_depth += 1
+            try:
+                yield
+            finally:
+                self._folder_depth -= 1
