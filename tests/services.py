@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,10 +16,24 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 
 class Service:
-    """One `aspo` command in a process group of its own, its output in `log`."""
+    """One `aspo` command in a process group of its own, its output in `log`.
 
-    def __init__(self, folder: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    A forked one is off within a second, for it comes from a process that has imported the learner already.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        environment: dict[str, str] | None = None,
+        forked: bool = False,
+    ) -> None:
         self.log = folder / f"{arguments[0]}-{time.monotonic_ns()}.log"
+        self.process: subprocess.Popen[bytes] | ForkedProcess
+        self.log.touch()
+        if forked:
+            self.process = ForkedProcess(folder, self.log, arguments, environment or {})
+            return
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "aspo_cli", *arguments],
@@ -53,6 +68,47 @@ class Service:
         except ProcessLookupError:
             return
         self.process.wait(10)
+
+
+class ForkedProcess:
+    """What `Service` needs of `subprocess.Popen`, forked from a server that has the imports behind it."""
+
+    def __init__(
+        self, folder: Path, log: Path, arguments: tuple[str, ...], environment: dict[str, str]
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["aspo_learner.learner", "aspo_cli.services"])
+        os.environ.update(ENVIRONMENT)  # the server's, when it starts
+        self._process = context.Process(target=run_forked, args=(folder, log, arguments, environment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout_s: float) -> int:
+        self._process.join(timeout_s)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("aspo", timeout_s)
+        return self._process.exitcode
+
+    def send_signal(self, signum: signal.Signals) -> None:
+        os.kill(self.pid, signum)
+
+
+def run_forked(folder: Path, log: Path, arguments: tuple[str, ...], environment: dict[str, str]) -> None:
+    """Become the `aspo` command, in the forked process."""
+    os.setsid()
+    os.chdir(folder)
+    os.environ.update(environment)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["aspo", *arguments]
+    from aspo_cli.main import run
+
+    run()
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, services: tuple[Service, ...] = ()) -> Any:

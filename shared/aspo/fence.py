@@ -1,7 +1,7 @@
 """One learner a run: an epoch that only grows, a lease that says somebody holds it, a lock on the folder.
 
     fence = Fence.acquire(client, "demo", folder)       # refuses while another learner holds the run
-    fence.execute(lambda pipeline: pipeline.xack(...))  # in Redis: all of it, and only under the highest epoch
+    fence.execute(lambda pipeline: pipeline.xack(...))  # in Redis: all, and only under the highest epoch
     with fence.commit():                                # the same for the run's folder
         os.replace(partial, target)
 
