@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import redis
 import torch
 
 from aspo.queue import connect
-from aspo_cli.processes import free_port, redis_command, wait_for_port
+from services import redis_server
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
@@ -21,15 +20,8 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real redis-server, shared by the session."""
-    folder, port = tmp_path_factory.mktemp("redis"), free_port()
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(redis_command(folder, port), stdout=log, stderr=log)
-    try:
-        assert wait_for_port(port, 10.0), (folder / "log").read_text()
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        server.terminate()
-        server.wait(10)
+    with redis_server(tmp_path_factory.mktemp("redis")) as url:
+        yield url
 
 
 @pytest.fixture

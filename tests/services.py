@@ -8,11 +8,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from aspo_cli.processes import free_port, redis_command, wait_for_port
+
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@contextmanager
+def redis_server(folder: Path, *options: str) -> Iterator[str]:
+    """Run a real redis-server as the demo does, but for the options; gives its URL."""
+    port = free_port()
+    with (folder / "log").open("wb") as log:
+        server = subprocess.Popen([*redis_command(folder, port), *options], stdout=log, stderr=log)
+    try:
+        assert wait_for_port(port, 10.0), (folder / "log").read_text()
+        yield f"redis://127.0.0.1:{port}/0"
+    finally:
+        server.terminate()
+        server.wait(10)
 
 
 class Service:

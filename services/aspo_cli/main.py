@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -53,6 +53,20 @@ def actor(config: ConfigPath, overrides: Overrides = None) -> None:
     from aspo_cli.services import run_actor
 
     run_actor(config, overrides or [])
+
+
+@app.command()
+def check(
+    config: ConfigPath,
+    role: Annotated[
+        Literal["learner", "actor"], typer.Option(help="Whose needs to check on this machine.")
+    ] = "learner",
+    overrides: Overrides = None,
+) -> None:
+    """Check Redis and this machine's disk before a run; the services do the same when they start."""
+    from aspo_cli.check import run_check
+
+    raise typer.Exit(run_check(config, role, overrides or []))
 
 
 @app.command()

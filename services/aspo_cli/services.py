@@ -14,6 +14,7 @@ from pydantic import SecretStr
 
 from aspo.config import AuthConfig, Config, ConfigError, load_config
 from aspo.fence import Fence
+from aspo.preflight import require
 from aspo.queue import OUTAGE_S, QueueError, connect
 from aspo.telemetry import setup_logging
 
@@ -24,6 +25,7 @@ def run_learner(path: Path, overrides: list[str]) -> None:
     """Train to the end; a SIGTERM or SIGINT ends the run after the current step, a second one at once."""
     setup_logging()
     config = load_config(path, overrides)
+    require("learner", config)
     fence = hold_run(config)
     try:
         _train(config, fence)
@@ -69,6 +71,7 @@ def run_actor(path: Path, overrides: list[str]) -> None:
     # Reward functions named in the config may lie in the folder the command is run from.
     sys.path.insert(0, os.getcwd())
     config = load_config(path, overrides)
+    require("actor", config)
     from aspo_actor.actor import Actor
 
     async def main() -> None:
