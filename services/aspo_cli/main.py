@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from aspo.errors import AspoError
-from aspo_cli import weights
+from aspo_cli import quarantine, weights
 from aspo_cli.options import DEFAULT_LEARNER, ConfigPath, Json, LearnerUrl, Overrides, Token
 
 INTERRUPTED = 130
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 app.add_typer(weights.app, name="weights")
+app.add_typer(quarantine.app, name="quarantine")
 
 
 @app.command()

@@ -135,7 +135,7 @@ class Intake:
                 current=current,
             )
         except CodecError as error:
-            reason = f"undecodable: {error}"
+            reason = f"undecodable: {error.code}: {error}"
         if group is None or reason is not None:
             self._set_aside(delivery, str(reason))
         elif group.purpose == "eval":
@@ -150,7 +150,7 @@ class Intake:
             self._set_aside(delivery, "foreign-uid")
         elif not self._asker.was_asked(group, index):
             self._set_aside(delivery, "not-as-asked")
-        elif index in self._ledger or index in self._held:
+        elif index in self._held or (index in self._ledger and not self._ledger.reopen(index)):
             self.ended["duplicate"] += 1
             self._done.append(delivery)
         else:
@@ -177,9 +177,9 @@ class Intake:
         code = reason.partition(":")[0]
         log.warning("quarantined a rollout from %s: %s", delivery.stream.decode(errors="replace"), reason)
         self.ended[code] += 1
-        self._reader.quarantine(delivery, reason)
+        self._reader.quarantine(delivery, reason, max_bytes=self.limits.max_entry_bytes)
         self._done.append(delivery)
         index = task_index(delivery.uid, self.limits.run, "train")
         if index is not None and index not in self._held and index < self._asker.cursor:
-            self._ledger.add(index)
+            self._ledger.set_aside(index)
         self._on_lost_eval(delivery.uid)

@@ -66,6 +66,7 @@ Poison = Literal[
 
 _T = TypeVar("_T")
 _HEADER = struct.Struct("<4sIQ16s")
+HEADER_BYTES = _HEADER.size
 _GROUP_MAGIC = b"ASPg"
 _TASK_MAGIC = b"ASPt"
 _INT32 = np.dtype("<i4")

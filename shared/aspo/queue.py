@@ -25,7 +25,7 @@ from redis.backoff import ExponentialBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
 
-from aspo.codec import CodecError, decode_task, encode_task
+from aspo.codec import MAX_NAME, CodecError, decode_task, encode_task
 from aspo.errors import AspoError
 from aspo.fence import Fence
 from aspo.schemas import Purpose, Task
@@ -33,6 +33,8 @@ from aspo.schemas import Purpose, Task
 GROUP = "aspo"
 PURPOSES: tuple[Purpose, ...] = get_args(Purpose)
 QUARANTINE_LENGTH = 1000  # the newest unusable rollouts, kept for inspection
+REQUEUED = "_requeued"  # no actor's name: those begin with a letter or a digit
+QUARANTINE_SAMPLE = 4096  # bytes kept of one that is too large
 _STALE_ID = "equal or smaller"
 _HANDED_BACK_MS = 10**9
 OUTAGE_S = 120  # of Redis that a learner waits out
@@ -196,14 +198,18 @@ class TaskQueue:
         pipeline.execute()
 
 
+def rollout_keys(run: str, actor: str) -> tuple[str, str]:
+    """The set of all rollout streams, and an actor's own, or that of `REQUEUED`."""
+    return f"aspo:{run}:rollout-streams", f"aspo:{run}:rollouts:{actor}"
+
+
 class RolloutWriter:
     """One actor incarnation's stream of rollouts; not thread-safe, for its ids must be sent in order."""
 
     def __init__(self, client: redis.Redis, run: str, actor: str) -> None:
         self._redis = client
         self._counter = f"aspo:{run}:incarnation"
-        self._registry = f"aspo:{run}:rollout-streams"
-        self._stream = f"aspo:{run}:rollouts:{actor}"
+        self._registry, self._stream = rollout_keys(run, actor)
         self._incarnation, self._sent = self._new_incarnation(), 0
 
     def put(self, uid: str, payload: bytes) -> None:
@@ -237,7 +243,7 @@ class RolloutReader:
     ) -> None:
         self._redis, self._fence = client, fence
         self._consumer = consumer
-        self._registry = f"aspo:{run}:rollout-streams"
+        self._registry, _ = rollout_keys(run, "")
         self._quarantine = f"aspo:{run}:quarantine"
         self._replay: dict[bytes, bytes] = {}
         self._known: set[bytes] = set()
@@ -264,9 +270,17 @@ class RolloutReader:
         entries = ((delivery.stream, delivery.entry_id) for delivery in deliveries)
         _acknowledge(self._redis, entries, self._fence)
 
-    def quarantine(self, delivery: Delivery, reason: str) -> None:
-        """Keep a copy of a rollout that cannot be used, with the reason; it still is to be acknowledged."""
-        entry = {"reason": reason, "uid": delivery.uid, "group": delivery.payload}
+    def quarantine(self, delivery: Delivery, reason: str, *, max_bytes: int) -> None:
+        """Keep a copy of a rollout that cannot be used, with the reason; it still is to be acknowledged.
+
+        Of a payload beyond `max_bytes` only the beginning and the size are kept.
+        """
+        actor = delivery.stream.rpartition(b":")[2]
+        entry: dict[str, Any] = {"reason": reason, "uid": delivery.uid[:MAX_NAME], "actor": actor}
+        if len(delivery.payload) > max_bytes:
+            entry |= {"group": delivery.payload[:QUARANTINE_SAMPLE], "size": len(delivery.payload)}
+        else:
+            entry |= {"group": delivery.payload}
 
         def commands(pipeline: Pipeline) -> None:
             pipeline.xadd(self._quarantine, entry, maxlen=QUARANTINE_LENGTH, approximate=False)

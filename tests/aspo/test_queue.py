@@ -126,9 +126,9 @@ def test_a_restarted_actor_writes_after_its_former_self(client: redis.Redis, run
 def test_quarantine_keeps_payload_and_reason(client: redis.Redis, run: str) -> None:
     RolloutWriter(client, run, "a").put("uid", b"bad")
     reader = RolloutReader(client, run)
-    reader.quarantine(reader.read(count=1)[0], "nan-logprob")
+    reader.quarantine(reader.read(count=1)[0], "nan-logprob", max_bytes=3)
     [(_, fields)] = client.xrange(f"aspo:{run}:quarantine")
-    assert fields == {b"reason": b"nan-logprob", b"uid": b"uid", b"group": b"bad"}
+    assert fields == {b"reason": b"nan-logprob", b"uid": b"uid", b"actor": b"a", b"group": b"bad"}
 
 
 def test_a_unix_socket_will_do(tmp_path: Path) -> None:

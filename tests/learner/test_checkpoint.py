@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from aspo.config import ConfigError
+from aspo.queue import QUARANTINE_LENGTH
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy
@@ -153,5 +154,34 @@ def test_the_ledger_is_a_set_that_stays_small() -> None:
     assert [i for i in range(8) if i in ledger] == [0, 1, 2, 5]
     assert len(ledger) == 4
     assert ledger.missing_below(7) == [3, 4, 6]
-    assert ledger.state() == {"watermark": 3, "beyond": [5]}
+    assert ledger.state() == {"watermark": 3, "beyond": [5], "set_aside": [], "reopened": []}
     assert Ledger.load(ledger.state()).missing_below(7) == [3, 4, 6]
+
+
+def test_only_a_task_that_was_set_aside_can_be_reopened_and_only_once() -> None:
+    ledger = Ledger()
+    ledger.add(0)
+    for index in (0, 1, 3):
+        ledger.set_aside(index)
+    ledger = Ledger.load(ledger.state())
+    assert not ledger.reopen(0), "trained before its poison came"
+    assert ledger.reopen(1)
+    assert not ledger.reopen(1)
+    ledger = Ledger.load(ledger.state())
+    assert len(ledger) == 2
+    assert ledger.missing_below(4) == [1, 2]
+    for index in (1, 3):  # 3 was answered well without being reopened: dropped as stale, say
+        ledger.add(index)
+        assert index in ledger
+        assert not ledger.reopen(index)
+    assert len(ledger) == 3
+    assert ledger.missing_below(4) == [2]
+
+
+def test_the_ledger_remembers_no_more_than_the_quarantine_holds() -> None:
+    ledger = Ledger()
+    for index in range(QUARANTINE_LENGTH + 1):
+        ledger.set_aside(index)
+    assert not ledger.reopen(0)
+    assert ledger.reopen(1)
+    assert ledger.reopen(QUARANTINE_LENGTH)

@@ -13,6 +13,7 @@ import redis
 
 from aspo.codec import encode_group
 from aspo.config import ConfigError
+from aspo.quarantine import Quarantine
 from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo_learner.batching import staleness_of
@@ -148,7 +149,7 @@ def test_groups_past_the_staleness_bound_are_dropped_and_counted(
     assert batch is not None
     assert len(batch) == 2
     assert intake.ended == {"stale": 1}
-    assert ledger.state() == {"watermark": 3, "beyond": []}
+    assert ledger.missing_below(3) == []
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,70 @@ def test_bytes_that_are_no_group_are_set_aside(
     intake.pump(current(run), 0.01)
     assert intake.ended == {"undecodable": 1}
     assert 0 in ledger
+
+
+def test_a_requeued_group_is_judged_by_the_settings_of_today_and_trained_once(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], client: redis.Redis, run: str
+) -> None:
+    ledger, quarantine = Ledger(), Quarantine(client, run)
+    strict = new_intake(ledger)
+    strict.limits = dataclasses.replace(strict.limits, max_tokens=1)
+    send(0)
+    strict.pump(current(run), 0.01)
+    strict.acknowledge()
+    assert strict.ended == {"too-long": 1}
+    assert 0 in ledger
+
+    later = new_intake(Ledger.load(ledger.state()))  # started again with another sampling.max_tokens
+    [entry] = quarantine.entries()
+    quarantine.requeue(entry.id)
+    later.pump(current(run), 0.01)
+    assert later.take(1, current(run)) is not None
+    later.acknowledge()
+    send(0)
+    later.pump(current(run), 0.01)
+    assert later.ready == 0
+    assert later.ended == {"duplicate": 1}
+    assert client.xlen(f"aspo:{run}:rollouts:_requeued") == 0
+
+
+def test_a_learner_that_dies_holding_a_requeued_group_finds_it_again(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], client: redis.Redis, run: str
+) -> None:
+    ledger, quarantine = Ledger(), Quarantine(client, run)
+    strict = new_intake(ledger)
+    strict.limits = dataclasses.replace(strict.limits, max_tokens=1)
+    send(0)
+    strict.pump(current(run), 0.01)
+    [entry] = quarantine.entries()
+    quarantine.requeue(entry.id)  # while the original is not acknowledged yet
+    dead = new_intake(Ledger.load(ledger.state()))
+    while dead.pump(current(run), 0.01):
+        pass
+    assert dead.take(1, current(run)) is not None  # but no checkpoint followed
+    heir = new_intake(Ledger.load(ledger.state()))
+    while heir.pump(current(run), 0.01):
+        pass
+    assert heir.take(2, current(run)) is None
+    assert heir.take(1, current(run)) is not None
+    assert heir.ended == {"duplicate": 1}
+
+
+def test_a_requeued_group_that_has_become_stale_is_dropped(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], client: redis.Redis, run: str
+) -> None:
+    ledger = Ledger()
+    intake = new_intake(ledger)
+    send(0, step=6)
+    intake.pump(current(run, 5), 0.01)
+    [entry] = Quarantine(client, run).entries()
+    assert entry.reason == "future-version"
+    Quarantine(client, run).requeue(entry.id)
+    intake.pump(current(run, 9), 0.01)
+    assert ledger.missing_below(1) == [0], "it counts as outstanding again"
+    assert intake.take(1, current(run, 9)) is None
+    assert intake.ended == {"future-version": 1, "stale": 1}
+    assert ledger.missing_below(1) == []
 
 
 def test_tasks_out_never_exceed_the_staleness_bound(client: redis.Redis, run: str, tmp_path: Path) -> None:
