@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from blake3 import blake3
 
 from aspo.config import Config, load_config
-from aspo.schemas import RolloutGroup, VersionSpan
+from aspo.schemas import SCHEMA_VERSION, RolloutGroup, VersionSpan
 
 CONFIG = """
 [run]
@@ -49,6 +51,14 @@ def write_config(folder: Path, *, overrides: Sequence[str] = (), **values: Any) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.toml").write_text(CONFIG.format(**{**defaults, **values}))
     return load_config(folder / "config.toml", list(overrides))
+
+
+def seal(
+    payload: bytes, magic: bytes = b"ASPg", version: int = SCHEMA_VERSION, size: int | None = None
+) -> bytes:
+    """Frame a payload as the codec does, however hostile it is."""
+    size = len(payload) if size is None else size
+    return struct.pack("<4sIQ16s", magic, version, size, blake3(payload).digest(length=16)) + payload
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
-from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aspo.codec import (
+    HEADER_BYTES,
     MAX_GROUP_BYTES,
     MAX_SAMPLES,
     MAX_SPANS,
@@ -28,9 +28,9 @@ from aspo.codec import (
     validate_group,
 )
 from aspo.schemas import SCHEMA_VERSION, PolicyVersion, RolloutGroup, Task, VersionSpan
+from rollouts import seal
 
 FUZZ = settings(max_examples=100, database=None, deadline=None, suppress_health_check=list(HealthCheck))
-HEADER_BYTES = 32
 DELETE = object()
 OLD, NEW = "demo/1/41", "demo/1/42"
 
@@ -67,13 +67,6 @@ def make_task(**changes: Any) -> Task:
         min_version=OLD,
     )
     return msgspec.structs.replace(task, **changes)
-
-
-def seal(
-    payload: bytes, magic: bytes = b"ASPg", version: int = SCHEMA_VERSION, size: int | None = None
-) -> bytes:
-    size = len(payload) if size is None else size
-    return struct.pack("<4sIQ16s", magic, version, size, blake3(payload).digest(length=16)) + payload
 
 
 def payload_with(frame: bytes, **changes: Any) -> bytes:
