@@ -7,10 +7,13 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import redis
 from pydantic import SecretStr
+from redis.exceptions import NoPermissionError
 
 from aspo.config import AuthConfig, Config, ConfigError, load_config
 from aspo.fence import Fence
@@ -19,6 +22,16 @@ from aspo.queue import OUTAGE_S, QueueError, connect
 from aspo.telemetry import setup_logging
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _denials() -> Iterator[None]:
+    try:
+        yield
+    except NoPermissionError as error:
+        raise QueueError(
+            f"Redis denies the user of redis.url a command ({error}); each role's rights are in deploy/redis"
+        ) from None
 
 
 def run_learner(path: Path, overrides: list[str]) -> None:
@@ -46,7 +59,8 @@ def hold_run(config: Config) -> Fence:
 def _train(config: Config, fence: Fence) -> None:
     from aspo_learner.learner import Learner
 
-    learner = Learner(config, fence)
+    with _denials():
+        learner = Learner(config, fence)
 
     def stop(signum: int, frame: object) -> None:
         if learner.controls.stop.is_set():
@@ -57,7 +71,8 @@ def _train(config: Config, fence: Fence) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
     try:
-        learner.run()
+        with _denials():
+            learner.run()
     except redis.RedisError as error:
         raise QueueError(
             f"Redis or its data was lost ({error}); run it with --appendonly yes and start the learner "
@@ -77,7 +92,8 @@ def run_actor(path: Path, overrides: list[str]) -> None:
     async def main() -> None:
         await Actor(config).run()
 
-    asyncio.run(main())
+    with _denials():
+        asyncio.run(main())
 
 
 def run_relay(
