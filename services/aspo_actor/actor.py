@@ -23,6 +23,7 @@ from aspo.http import Server, listen, reachable
 from aspo.presence import ActorStatus, announce, withdraw
 from aspo.queue import connect
 from aspo.telemetry import ACTOR_METRICS, Gauges
+from aspo.tls import server_context
 from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.manifest import Plan, WeightsError
 from aspo_actor.app import build_app
@@ -47,8 +48,9 @@ class Actor:
     def __init__(self, config: Config) -> None:
         self._config = config
         self.id = config.actor.id or f"{socket.gethostname()}-{os.getpid()}"
-        self._redis = connect(config.redis.url)
+        self._redis = connect(config.redis.location)
         self._listener = listen(config.actor.host, config.actor.port, config.auth)
+        self._tls = server_context(config.actor.tls_cert, config.actor.tls_key)
         self._folder = config.run.path / "actors" / self.id
         self._gauges = Gauges("actor", ACTOR_METRICS)
         self._state = "starting"
@@ -72,9 +74,10 @@ class Actor:
             token=token.get_secret_value() if token else None,
             name=self.id,
             role="actor",
+            tls_ca=self._config.actor.tls_ca,
         )
         app = build_app(self, client.cache, self._gauges, self._config.auth)
-        with Server(app, self._listener) as server:
+        with Server(app, self._listener, self._tls) as server:
             client.serves = self._config.actor.advertise_url or reachable(server.url)
             log.info("actor %s of run %s serves on %s", self.id, self._config.run.name, server.url)
             beating = asyncio.create_task(self._heartbeat(server.url))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
 from typing import Any
 
 from aspo.config import ConfigError
+from aspo.tls import UNTRUSTED
 
 
 class LearnerUnreachable(ConfigError):
@@ -41,6 +43,8 @@ def ask(
     except urllib.error.HTTPError as error:
         raise ConfigError(_reason(url, error)) from None
     except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            raise ConfigError(f"the certificate of {url} is not trusted ({error}); {UNTRUSTED}") from None
         raise LearnerUnreachable(
             f"no learner answers at {url} ({error}); start one or pass --learner URL"
         ) from None

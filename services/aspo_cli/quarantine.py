@@ -118,7 +118,7 @@ def _quarantine(config: Path, overrides: list[str] | None) -> Iterator[Quarantin
     from aspo.queue import QueueError, connect
 
     settings = load_config(config, overrides or [])
-    with connect(settings.redis.url) as client:
+    with connect(settings.redis.location) as client:
         try:
             yield Quarantine(client, settings.run.name)
         except redis.RedisError as error:

@@ -39,7 +39,8 @@ def run_learner(path: Path, overrides: list[str]) -> None:
     setup_logging()
     config = load_config(path, overrides)
     require("learner", config)
-    fence = hold_run(config)
+    with _denials():
+        fence = hold_run(config)
     try:
         _train(config, fence)
     finally:
@@ -50,7 +51,7 @@ def hold_run(config: Config) -> Fence:
     """Take the run before anything heavy is loaded, so that a second learner is refused at once."""
     from aspo_learner.identity import claim_run
 
-    client = connect(config.redis.url, retries=OUTAGE_S)
+    client = connect(config.redis.location, retries=OUTAGE_S)
     config.run.path.mkdir(parents=True, exist_ok=True)
     claim_run(client, config.run.name, config.run.path)
     return Fence.acquire(client, config.run.name, config.run.path)

@@ -27,6 +27,7 @@ from aspo.presence import ActorStatus, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
+from aspo.tls import server_context
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, build_app
@@ -54,9 +55,10 @@ class Learner:
 
     def __init__(self, config: Config, fence: Fence) -> None:
         self.config, self.controls, self._fence = config, Controls(), fence
-        self._redis = connect(config.redis.url, retries=OUTAGE_S)
-        self._status_redis = connect(config.redis.url)  # the HTTP thread must not wait out an outage
+        self._redis = connect(config.redis.location, retries=OUTAGE_S)
+        self._status_redis = connect(config.redis.location)  # the HTTP thread must not wait out an outage
         self._listener = listen(config.learner.host, config.learner.port, config.auth)
+        self._tls = server_context(config.learner.tls_cert, config.learner.tls_key)
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
@@ -95,7 +97,7 @@ class Learner:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
         app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
-        with Server(app, self._listener) as server:
+        with Server(app, self._listener, self._tls) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
             while self._intake.pump(self._current, 0.0):
                 pass  # what a former learner left unacknowledged
@@ -142,7 +144,7 @@ class Learner:
         """Why the learner cannot do its work now, None if it can."""
         if self._store.live() is None:
             return "no version is published yet"
-        return fault_of(self.config.redis.url)
+        return fault_of(self.config.redis.location)
 
     @property
     def _current(self) -> PolicyVersion:

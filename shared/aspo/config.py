@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -49,6 +50,11 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+def _require_pair(section: str, cert: Path | None, key: Path | None) -> None:
+    if (cert is None) != (key is None):
+        raise ValueError(f"{section}.tls_cert and {section}.tls_key go together; set both or neither")
+
+
 class RunConfig(Section):
     """What is being run and where it is kept."""
 
@@ -72,6 +78,23 @@ class RedisConfig(Section):
         120.0, ge=1.0, description="A task not renewed for so long goes to another actor."
     )
     max_entry_mib: int = Field(64, ge=1, le=512, description="Largest rollout group accepted, in MiB.")
+    tls_ca: Path | None = Field(None, description="CA of a rediss:// server; unset: the system's.")
+    tls_cert: Path | None = Field(None, description="Certificate to show Redis, where it asks for one.")
+    tls_key: Path | None = Field(None, description="Its key.")
+
+    @model_validator(mode="after")
+    def _tls_needs_rediss(self) -> RedisConfig:
+        _require_pair("redis", self.tls_cert, self.tls_key)
+        if (self.tls_ca or self.tls_cert) and not self.url.startswith("rediss://"):
+            raise ValueError("redis.tls_ca and redis.tls_cert need a redis.url that begins with rediss://")
+        return self
+
+    @property
+    def location(self) -> str:
+        """The URL with the TLS files, as redis-py takes them."""
+        files = {"ssl_ca_certs": self.tls_ca, "ssl_certfile": self.tls_cert, "ssl_keyfile": self.tls_key}
+        query = urlencode({name: str(path) for name, path in files.items() if path is not None})
+        return f"{self.url}{'&' if '?' in self.url else '?'}{query}" if query else self.url
 
 
 class ModelConfig(Section):
@@ -188,9 +211,12 @@ class LearnerConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8000, description="Port to serve on; 0 picks a free one.")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
+    tls_key: Path | None = Field(None, description="Its key.")
 
     @model_validator(mode="after")
     def _whole_mini_batches(self) -> LearnerConfig:
+        _require_pair("learner", self.tls_cert, self.tls_key)
         if self.mini_batch_prompts > self.batch_prompts:
             raise ValueError(
                 f"mini_batch_prompts ({self.mini_batch_prompts}) exceeds batch_prompts "
@@ -244,6 +270,9 @@ class ActorConfig(Section):
     )
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8001, description="Port to serve on; 0 picks a free one.")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
+    tls_key: Path | None = Field(None, description="Its key.")
+    tls_ca: Path | None = Field(None, description="CA of the learner and other actors; unset: the system's.")
     advertise_url: str | None = Field(
         None,
         pattern=r"^https?://",
@@ -253,6 +282,11 @@ class ActorConfig(Section):
         None, ge=1, description="Completions in flight; unset: max_num_seqs and one group more."
     )
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> ActorConfig:
+        _require_pair("actor", self.tls_cert, self.tls_key)
+        return self
 
 
 class AuthConfig(Section):

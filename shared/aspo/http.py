@@ -20,6 +20,7 @@ import hmac
 import ipaddress
 import logging
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -218,11 +219,16 @@ def reachable(url: str) -> str | None:
 class Server:
     """uvicorn in a thread of its own, so that the caller's thread can train; use as a context manager."""
 
-    def __init__(self, app: FastAPI, listener: socket.socket) -> None:
-        self._app, self._listener = app, listener
+    def __init__(self, app: FastAPI, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        self._app, self._listener, self._tls = app, listener, tls
         self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_keep_alive=30, timeout_graceful_shutdown=2
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=2,
+            ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
@@ -230,7 +236,7 @@ class Server:
     @property
     def url(self) -> str:
         """Where the service answers."""
-        return url_of(self._listener)
+        return url_of(self._listener, "https" if self._tls else "http")
 
     def _run(self) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
@@ -251,7 +257,7 @@ class Server:
         self._thread.join(timeout=10)
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     """Give the URL of a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

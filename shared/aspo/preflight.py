@@ -60,7 +60,7 @@ def require(role: Role, config: Config) -> None:
 
 def preflight(role: Role, config: Config) -> list[Finding]:
     """Look at all that a role needs; raises `QueueError` if there is no Redis."""
-    with connect(config.redis.url) as client:
+    with connect(config.redis.location) as client:
         try:
             found = redis_findings(client.info())
         except NoPermissionError:

@@ -58,7 +58,12 @@ def connect(url: str, *, retries: int = 5) -> redis.Redis:
         raise QueueError(f"redis.url {url_without_password(url)!r} is not a Redis URL: {error}") from None
     except redis.AuthenticationError as error:
         raise QueueError(f"Redis at {url_without_password(url)} refused the password: {error}") from None
-    except redis.RedisError as error:
+    except (OSError, redis.RedisError) as error:
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            raise QueueError(
+                f"the certificate of Redis at {url_without_password(url)} is not trusted ({error}); "
+                "set redis.tls_ca to the file of the CA that signed it"
+            ) from None
         raise QueueError(
             f"no Redis at {url_without_password(url)} ({error}); start redis-server or set redis.url"
         ) from None
@@ -80,7 +85,7 @@ def url_without_password(url: str) -> str:
     """Hide the password of a Redis URL, for messages."""
     scheme, separator, rest = url.partition("://")
     credentials, at, host = rest.rpartition("@")
-    return f"{scheme}{separator}{'***@' if at and credentials else ''}{host}"
+    return f"{scheme}{separator}{'***@' if at and credentials else ''}{host.partition('?')[0]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from aspo.http import blob_ticket
+from aspo.tls import UNTRUSTED, client_context
 from aspo.weights.blobs import BlobStore, file_digest
 from aspo.weights.delta import Change
 from aspo.weights.manifest import (
@@ -87,7 +88,8 @@ class WeightClient:
     """A verified, resuming reader of one learner's versions.
 
     `cache` holds blobs by digest. `name` leases what this client runs, so that the learner keeps the deltas
-    from there; `serves` is the URL at which it offers its blobs to others.
+    from there; `serves` is the URL at which it offers its blobs to others. `tls_ca` is a PEM file of whom to
+    believe, the system's CAs if None.
     """
 
     def __init__(
@@ -99,17 +101,19 @@ class WeightClient:
         name: str | None = None,
         serves: str | None = None,
         role: str = "reader",
+        tls_ca: Path | None = None,
     ) -> None:
         self._url, self._token = url.rstrip("/"), token
         self._name, self._role, self.serves = name, role, serves
         self.cache = BlobStore(cache)
         self.stats = PullStats()
         self.on_bytes: Callable[[int], None] | None = None  # told of every piece that arrives
+        self._tls = client_context(tls_ca)
         self._session: aiohttp.ClientSession | None = None
         self._resting: dict[str, float] = {}  # peers that failed, until when they are left alone
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(timeout=_TIMEOUT)
+        self._session = aiohttp.ClientSession(timeout=_TIMEOUT, connector=aiohttp.TCPConnector(ssl=self._tls))
         return self
 
     async def __aexit__(
@@ -278,6 +282,11 @@ class WeightClient:
                 return await attempt()
             except Refused:
                 raise
+            except aiohttp.ClientConnectorCertificateError as error:
+                cause = error.certificate_error
+                raise Refused(
+                    f"the certificate of {self._url} is not trusted ({cause}); {UNTRUSTED}"
+                ) from error
             except (aiohttp.ClientError, TimeoutError, WeightsError) as error:
                 last = error
             self.stats.retries += 1
