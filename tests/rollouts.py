@@ -61,6 +61,31 @@ def seal(
     return struct.pack("<4sIQ16s", magic, version, size, blake3(payload).digest(length=16)) + payload
 
 
+def make_plain_group(
+    spans: Sequence[Sequence[tuple[str, int]]],
+    *,
+    uid: str = "test:train:0",
+    prompt_ids: Sequence[int] = (2, 3),
+    rewards: Sequence[float] | None = None,
+) -> RolloutGroup:
+    """A group of given spans, (version, tokens) by sample, that no policy sampled; rewards alternate."""
+    lengths = np.array([sum(length for _, length in sample) for sample in spans], dtype=np.int32)
+    return RolloutGroup(
+        uid=uid,
+        actor="actor",
+        purpose="train",
+        temperature=1.0,
+        prompt_ids=np.array(prompt_ids, dtype=np.int32),
+        lengths=lengths,
+        token_ids=np.full(lengths.sum(), 4, dtype=np.int32),
+        behavior_logprobs=np.full(lengths.sum(), -2.5, dtype=np.float32),
+        rewards=np.array(rewards or [i % 2 for i in range(len(spans))], dtype=np.float32),
+        failed=np.zeros(len(spans), dtype=bool),
+        finish_reasons=("stop",) * len(spans),
+        spans=tuple(tuple(VersionSpan(version, length) for version, length in sample) for sample in spans),
+    )
+
+
 @torch.no_grad()
 def make_group(
     model: Any,

@@ -11,10 +11,10 @@ from typing import Protocol
 
 from aspo.codec import CodecError, decode_group, validate_group
 from aspo.queue import Delivery, RolloutReader
-from aspo.schemas import PolicyVersion, RolloutGroup
-from aspo_learner.batching import staleness_of
+from aspo.schemas import IntArray, PolicyVersion, RolloutGroup
 from aspo_learner.dispatcher import task_index
 from aspo_learner.ledger import Ledger
+from aspo_learner.staleness import StalenessRule
 
 log = logging.getLogger(__name__)
 _READ_AT_ONCE = 256
@@ -29,8 +29,6 @@ class Limits:
     max_tokens: int
     max_prompt_tokens: int
     max_entry_bytes: int
-    max_staleness: int
-    branch: int = 0
 
 
 class Asker(Protocol):
@@ -53,11 +51,13 @@ class Intake:
         ledger: Ledger,
         asker: Asker,
         limits: Limits,
+        staleness: StalenessRule,
         *,
         on_eval: Callable[[RolloutGroup], None],
         on_lost_eval: Callable[[str], None] = lambda uid: None,
     ) -> None:
-        self._reader, self._ledger, self._asker, self.limits = reader, ledger, asker, limits
+        self._reader, self._ledger, self._asker, self._limits = reader, ledger, asker, limits
+        self.staleness = staleness
         self._on_eval, self._on_lost_eval = on_eval, on_lost_eval
         self._seen: set[tuple[bytes, bytes]] = set()
         self._ready: deque[tuple[int, RolloutGroup]] = deque()
@@ -65,6 +65,7 @@ class Intake:
         self._deliveries: dict[int, Delivery] = {}
         self._done: list[Delivery] = []
         self.ended: Counter[str] = Counter()
+        self._dropped: list[IntArray] = []
 
     @property
     def held(self) -> set[int]:
@@ -94,7 +95,7 @@ class Intake:
             self.pump(current, 0.0)
 
     def take(self, count: int, current: PolicyVersion) -> list[RolloutGroup] | None:
-        """Give `count` groups within the staleness bound, oldest first; None while there are too few."""
+        """Give `count` groups that the staleness rule admits, oldest first; None while there are too few."""
         self._drop_stale(current)
         self._ready = deque(sorted(self._ready, key=lambda item: item[0]))
         if len(self._ready) < count:
@@ -116,6 +117,11 @@ class Intake:
             self._end(index)
         return [groups[index] for index in indices]
 
+    def dropped_lengths(self) -> list[IntArray]:
+        """The [G] response lengths of each group dropped for staleness since the last call."""
+        dropped, self._dropped = self._dropped, []
+        return dropped
+
     def acknowledge(self) -> None:
         """Give up everything that has ended; call it once a durable checkpoint holds the ledger."""
         self._reader.acknowledge(self._done)
@@ -126,12 +132,12 @@ class Intake:
         group: RolloutGroup | None = None
         reason: str | None
         try:
-            group = decode_group(delivery.payload, max_bytes=self.limits.max_entry_bytes)
+            group = decode_group(delivery.payload, max_bytes=self._limits.max_entry_bytes)
             reason = validate_group(
                 group,
-                vocab_size=self.limits.vocab_size,
-                max_tokens=self.limits.max_tokens,
-                max_prompt_tokens=self.limits.max_prompt_tokens,
+                vocab_size=self._limits.vocab_size,
+                max_tokens=self._limits.max_tokens,
+                max_prompt_tokens=self._limits.max_prompt_tokens,
                 current=current,
             )
         except CodecError as error:
@@ -145,7 +151,7 @@ class Intake:
             self._admit(delivery, group)
 
     def _admit(self, delivery: Delivery, group: RolloutGroup) -> None:
-        index = task_index(group.uid, self.limits.run, "train")
+        index = task_index(group.uid, self._limits.run, "train")
         if index is None:
             self._set_aside(delivery, "foreign-uid")
         elif not self._asker.was_asked(group, index):
@@ -161,11 +167,12 @@ class Intake:
     def _drop_stale(self, current: PolicyVersion) -> None:
         fresh: deque[tuple[int, RolloutGroup]] = deque()
         for index, group in self._ready:
-            if staleness_of(group, current, self.limits.branch) > self.limits.max_staleness:
-                self.ended["stale"] += 1
-                self._end(index)
-            else:
+            if self.staleness.admits(group, current):
                 fresh.append((index, group))
+            else:
+                self.ended["stale"] += 1
+                self._dropped.append(group.lengths)
+                self._end(index)
         self._ready = fresh
 
     def _end(self, index: int) -> None:
@@ -179,7 +186,7 @@ class Intake:
         self.ended[code] += 1
         self._reader.quarantine(delivery, reason, max_bytes=self.limits.max_entry_bytes)
         self._done.append(delivery)
-        index = task_index(delivery.uid, self.limits.run, "train")
+        index = task_index(delivery.uid, self._limits.run, "train")
         if index is not None and index not in self._held and index < self._asker.cursor:
             self._ledger.set_aside(index)
         self._on_lost_eval(delivery.uid)

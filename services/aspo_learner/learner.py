@@ -25,13 +25,13 @@ from aspo.fence import Fence
 from aspo.http import Server, listen
 from aspo.presence import ActorStatus, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
-from aspo.schemas import PolicyVersion, RolloutGroup
+from aspo.schemas import FloatArray, PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.tls import server_context
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, build_app
-from aspo_learner.batching import repetition, staleness_of
+from aspo_learner.batching import repetition
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.data import Prompt, load_prompts
 from aspo_learner.dispatcher import Dispatcher, task_index
@@ -43,6 +43,7 @@ from aspo_learner.policy import Policy, pick_device
 from aspo_learner.publisher import Publisher
 from aspo_learner.releases import Releases
 from aspo_learner.report import RunHistory
+from aspo_learner.staleness import StalenessRule, describe_staleness
 from aspo_learner.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,11 @@ class Learner:
             max_tokens=config.sampling.max_tokens,
             max_prompt_tokens=self._room,
             max_entry_bytes=config.redis.max_entry_mib * 2**20,
+        )
+        staleness = StalenessRule(
             max_staleness=config.learner.max_staleness,
+            policy=config.learner.staleness_policy,
+            decay=config.learner.staleness_decay,
             branch=self.step,
         )
         reader = RolloutReader(self._redis, config.run.name, fence=self._fence)
@@ -201,6 +206,7 @@ class Learner:
             self._ledger,
             self._dispatcher,
             limits,
+            staleness,
             on_eval=lambda group: self._on_evaluated(group.uid, float(group.rewards.mean())),
             # An answer that cannot be used is a wrong one: asked again it would come again.
             on_lost_eval=lambda uid: self._on_evaluated(uid, config.reward.failed_score),
@@ -233,7 +239,8 @@ class Learner:
         reach("step.read")
         self._plan(groups)
         self._phase = "training"
-        metrics = self._describe(groups) | self.trainer.train_step(groups)
+        weights = [self._intake.staleness.weights(group, self._current) for group in groups]
+        metrics = self._describe(groups, weights) | self.trainer.train_step(groups, weights)
         trained = time.monotonic()
         reach("step.trained")
         self.step += 1
@@ -303,7 +310,7 @@ class Learner:
     def _branch_off(self, step: int) -> None:
         """Take what earlier epochs did beyond `step` for lost; up to there it is, or is made, the same."""
         self._retraining_until = step
-        self._intake.limits = dataclasses.replace(self._intake.limits, branch=step)
+        self._intake.staleness = dataclasses.replace(self._intake.staleness, branch=step)
 
     def _listen(self) -> None:
         """Take in what arrives; after a long silence say so, and ask again for what may have been lost."""
@@ -410,10 +417,9 @@ class Learner:
             self._history.accuracy = accuracy
             log.info("held-out greedy accuracy at step %d: %.3f", self.step, accuracy)
 
-    def _describe(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    def _describe(self, groups: Sequence[RolloutGroup], weights: Sequence[FloatArray]) -> dict[str, float]:
         """The batch's own figures: reward, length, staleness, repetition."""
-        branch = self._intake.limits.branch
-        staleness = [staleness_of(group, self._current, branch) for group in groups]
+        rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
         rewards = np.concatenate([group.rewards for group in groups]).astype(np.float64)
         lengths = np.concatenate([group.lengths for group in groups])
         better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])
@@ -434,9 +440,7 @@ class Learner:
             "repetition_correct": float(repeats[better].mean()) if better.any() else 0.0,
             "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
             "tokens": float(lengths.sum()),
-            "staleness_mean": float(np.mean(staleness)),
-            "staleness_max": float(max(staleness)),
-        }
+        } | describe_staleness(rule, groups, weights, dropped, self._current)
 
     def _record(self, metrics: dict[str, float], rollouts: int) -> None:
         ended = self._intake.ended

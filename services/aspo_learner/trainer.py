@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aspo.config import Config, ConfigError, LossConfig
-from aspo.schemas import RolloutGroup
+from aspo.schemas import FloatArray, RolloutGroup
 from aspo_learner import losses
 from aspo_learner.advantages import group_advantages, is_informative
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
@@ -52,14 +52,21 @@ class Trainer:
         self._random = np.random.default_rng([config.run.seed, 1])
         self._pad_id = policy.tokenizer.pad_token_id or 0
 
-    def train_step(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted."""
-        informative = [g for g in groups if is_informative(torch.tensor(g.rewards))]
+    def train_step(
+        self, groups: Sequence[RolloutGroup], weights: Sequence[FloatArray] | None = None
+    ) -> dict[str, float]:
+        """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted.
+
+        `weights` holds each group's token weights [sum(lengths)], see `staleness`; None is 1 for all.
+        """
+        given: Sequence[FloatArray | None] = weights or [None] * len(groups)
+        pairs = zip(groups, given, strict=True)
+        informative = [(group, w) for group, w in pairs if is_informative(torch.tensor(group.rewards))]
         sequences = [
             sequence
-            for number, group in enumerate(informative)
+            for number, (group, w) in enumerate(informative)
             for sequence in sequences_of(
-                group, group_advantages(torch.tensor(group.rewards)).tolist(), number
+                group, group_advantages(torch.tensor(group.rewards)).tolist(), number, w
             )
         ]
         report = _StepReport()
@@ -124,7 +131,7 @@ class Trainer:
         report: _StepReport,
     ) -> None:
         """One optimizer update; the loss is normalised over the mini-batch, whatever the micro-batches."""
-        tokens = float(sum(len(sequences[i].completion_ids) for i in indices))
+        tokens = float(sum(sequences[i].trained_tokens for i in indices))
         by_token = inspect.signature(self._loss).parameters["aggregation"].default == "token-mean"
         for batch in self._split(sequences, indices):
             loss = self._micro_loss(batch, proximal, tokens if by_token else float(len(indices)), report)
@@ -158,7 +165,8 @@ class Trainer:
                 mode=self._loss_config.behavior_correction,
                 level=self._loss_config.correction_level,
             )
-        options: dict[str, Any] = {"correction": correction, "normalizer": normalizer}
+        weights = batch.weights if correction is None else batch.weights * correction
+        options: dict[str, Any] = {"correction": weights, "normalizer": normalizer}
         if self._loss_config.entropy_split_clip:
             options["clip_low_entropy_mask"] = losses.entropy_split_mask(entropy, batch.mask)
         loss, metrics = self._loss(logprobs, old, batch.advantages, batch.mask, **options)

@@ -38,6 +38,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+StalenessPolicy = Literal["drop", "mask", "decay"]
 
 
 class ConfigError(AspoError, ValueError):
@@ -204,6 +205,13 @@ class LearnerConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     max_staleness: int = Field(
         4, ge=0, description="Versions a rollout may lag; also bounds the tasks in flight."
+    )
+    staleness_policy: StalenessPolicy = Field(
+        "drop",
+        description="Past max_staleness: drop the group, mask its late tokens, or decay their weight.",
+    )
+    staleness_decay: float = Field(
+        0.5, gt=0, lt=1, description="Under decay, the factor on a token's weight for each version past."
     )
     checkpoint_every: int = Field(
         10, ge=1, description="Steps between durable checkpoints; rollouts are kept till then."

@@ -36,6 +36,8 @@ def test_overrides_beat_the_environment_beats_the_file_beats_the_default(
         ("learner.steps=many", "learner.steps.*valid integer"),
         ("loss.name=ppo", "loss.name"),
         ("learner.mini_batch_prompts=1000", "exceeds batch_prompts"),
+        ("learner.staleness_policy=keep", "learner.staleness_policy.*drop.*mask.*decay"),
+        ("learner.staleness_decay=1", "learner.staleness_decay.*less than 1"),
         ("run.name=../etc", "run.name"),
         ("weights.publish_every=9", "all data would be too stale; lower it or raise max_staleness"),
         ("auth.operator_token=''", "auth.operator_token"),

@@ -16,7 +16,6 @@ from aspo.config import ConfigError
 from aspo.quarantine import Quarantine
 from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
 from aspo.schemas import PolicyVersion, RolloutGroup
-from aspo_learner.batching import staleness_of
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.dispatcher import Dispatcher, task_index, task_uid
 from aspo_learner.evaluation import Evaluator
@@ -24,6 +23,7 @@ from aspo_learner.identity import claim_run
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import load_model
+from aspo_learner.staleness import StalenessRule
 from models import save_model
 from rollouts import make_group, write_config
 
@@ -55,13 +55,13 @@ def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
             max_tokens=6,
             max_prompt_tokens=10,
             max_entry_bytes=2**20,
-            max_staleness=2,
         )
         return Intake(
             RolloutReader(client, run),
             Ledger() if ledger is None else ledger,
             StubAsker(),
             limits,
+            StalenessRule(max_staleness=2),
             on_eval=on_eval,
         )
 
@@ -395,12 +395,6 @@ def test_only_an_answer_to_the_question_counts(
     assert not dispatcher.was_asked(dataclasses.replace(right, temperature=0.5), 0)
     small = make_group(model, uid=asked.uid, size=2)
     assert not dispatcher.was_asked(dataclasses.replace(small, prompt_ids=right.prompt_ids), 0)
-
-
-def test_what_a_lost_timeline_did_is_stale_from_the_branch(model: Any) -> None:
-    now = PolicyVersion(epoch=2, step=12, run="test")
-    for version, branch, lag in (("test/2/11", 10, 1), ("test/1/15", 10, 2), ("test/1/7", 10, 5)):
-        assert staleness_of(make_group(model, version=version), now, branch) == lag
 
 
 def test_a_uid_says_whose_task_it_is() -> None:
