@@ -1,18 +1,22 @@
 """Tasks out: as many as the staleness bound allows, each asked once.
 
-    outstanding = dispatched - ended <= (max_staleness + 1) * batch_prompts
+    outstanding = dispatched - ended <= (max_staleness + 1 - behind) * batch_prompts
 
-Tasks are the actors' credits, so no actor can sample further ahead than the learner will accept.
+Tasks are the actors' credits, so no actor can sample further ahead than the learner will accept. `behind` is
+the number of versions by which the newest one stored lags the learner: so stale is already what it samples.
+A task whose turn comes in `turn` batches names the version `current + turn - max_staleness`, or the live one
+if that is older: an actor that has not fetched it yet does so before it samples.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Collection, Sequence
 
 from aspo.config import Config
 from aspo.queue import TaskQueue
-from aspo.schemas import Purpose, RolloutGroup, Task
+from aspo.schemas import PolicyVersion, Purpose, RolloutGroup, Task
 from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.ledger import Ledger
 
@@ -64,12 +68,34 @@ class Dispatcher:
         if self.outstanding > len(held) and self._queue.depth()["train"] == 0:
             log.warning("asked again for %d tasks that were lost", self.ask_again(held))
 
-    def top_up(self, remaining_steps: int) -> None:
-        """Dispatch tasks up to the bound, but no more than the remaining steps can use."""
-        useful = min(self.limit, remaining_steps * self._config.learner.batch_prompts)
-        count = max(0, useful - self.outstanding)
-        self._queue.put(self._task(index) for index in range(self.cursor, self.cursor + count))
-        self.cursor += count
+    def top_up(
+        self,
+        remaining_steps: int,
+        *,
+        current: PolicyVersion | None = None,
+        live: PolicyVersion | None = None,
+        behind: int = 0,
+    ) -> None:
+        """Dispatch tasks up to the bound, but no more than the remaining steps can use.
+
+        `current` is the learner's version, `live` the one that actors can fetch; without both no task names
+        the version that it needs. The newest version stored is `behind` versions older than `current`.
+        """
+        batch = self._config.learner.batch_prompts
+        useful = min(self.limit - behind * batch, remaining_steps * batch)
+        places = range(self.outstanding, useful)
+        self._queue.put(
+            self._task(self.cursor + i, self._oldest(place // batch, current, live))
+            for i, place in enumerate(places)
+        )
+        self.cursor += len(places)
+
+    def _oldest(self, turn: int, current: PolicyVersion | None, live: PolicyVersion | None) -> str | None:
+        """The oldest version that is within the bound in `turn` batches from now, as far as there is one."""
+        if current is None or live is None:
+            return None
+        step = current.step + turn - self._config.learner.max_staleness
+        return str(min(dataclasses.replace(current, step=step), live)) if step > 0 else None
 
     def was_asked(self, group: RolloutGroup, index: int) -> bool:
         """Whether a group answers the task of this index, as it was asked."""
@@ -82,7 +108,7 @@ class Dispatcher:
             and group.prompt_ids.tolist() == task.prompt_ids
         )
 
-    def _task(self, index: int) -> Task:
+    def _task(self, index: int, min_version: str | None = None) -> Task:
         prompt, sampling = self._prompts[index], self._config.sampling
         return Task(
             uid=task_uid(self._config.run.name, "train", index),
@@ -93,4 +119,5 @@ class Dispatcher:
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             reward_inputs=prompt.reward_inputs,
+            min_version=min_version,
         )

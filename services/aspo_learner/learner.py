@@ -328,7 +328,10 @@ class Learner:
                 self._evaluator.recover()
 
     def _dispatch(self) -> None:
-        self._dispatcher.top_up(self.config.learner.steps - self.step)
+        current, newest = self._current, self._store.newest()
+        behind = self._intake.staleness.lag(newest, current) if newest else 0
+        remaining = self.config.learner.steps - self.step
+        self._dispatcher.top_up(remaining, current=current, live=self._store.live(), behind=behind)
 
     def _publish_if_due(self) -> None:
         if self.step % self.config.weights.publish_every == 0:
