@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +33,8 @@ def pull_version(url: str, token: str | None, version: str | None, folder: Path)
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".pull-") as scratch:
-            path: Path = asyncio.run(_with_client(url, token, Path(scratch), version, write))
+        with _scratch(".pull-", folder.parent) as scratch:
+            path: Path = asyncio.run(_with_client(url, token, scratch, version, write))
             return path
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror}; name another folder") from None
@@ -39,9 +42,20 @@ def pull_version(url: str, token: str | None, version: str | None, folder: Path)
 
 def verify_version(url: str, token: str | None, version: str | None) -> str:
     """Download a version and check every digest; raises AspoError for any that does not match."""
-    with tempfile.TemporaryDirectory(prefix="aspo-verify-") as scratch:
-        manifest = asyncio.run(_with_client(url, token, Path(scratch), version, _follow))
+    with _scratch("aspo-verify-") as scratch:
+        manifest = asyncio.run(_with_client(url, token, scratch, version, _follow))
     return f"{manifest.version} is intact: {len(manifest.tensors)} tensors, state {manifest.state_digest}"
+
+
+@contextlib.contextmanager
+def _scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+    """A folder that is gone afterwards; SIGTERM, too, ends what goes on in it as Ctrl-C does."""
+    former = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
+            yield Path(folder)
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 async def _with_client(url: str, token: str | None, scratch: Path, version: str | None, work: Any) -> Any:
