@@ -36,7 +36,7 @@ from aspo.weights.delta import (
 )
 
 State = dict[str, torch.Tensor]
-SNAPSHOT_EVERY = 10  # versions kept to jump between
+SNAPSHOT_EVERY = 10  # of the versions one is kept to jump from and to, and the last
 
 
 def main(versions: int, jumps: int, rounds: int, lr: float) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def main(versions: int, jumps: int, rounds: int, lr: float) -> dict[str, Any]:
         check = describe_delta(delta).new_check
         deltas.append(delta)
         previous, base = base, copied(new)
-        if version % SNAPSHOT_EVERY == 0:
+        if version % SNAPSHOT_EVERY == 0 or version == versions:
             kept[version] = base
     random.seed(0)
     jumped = [jump(kept, deltas, nbytes) for _ in range(jumps)]
@@ -242,5 +242,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--lr", type=float, default=1e-6)
     arguments = parser.parse_args()
+    if min(arguments.versions, arguments.rounds) < 1:
+        parser.error("--versions and --rounds must be at least 1")
     run = functools.partial(main, arguments.versions, arguments.jumps, arguments.rounds, arguments.lr)
     print(json.dumps(run()))
