@@ -361,9 +361,7 @@ class Learner:
     def _await_release(self) -> None:
         """Wait until the version just stored has passed its trial, if there is one."""
         deadline = time.monotonic() + 2 * self.config.canary.timeout_s
-        while self.config.canary.enabled and not self._store.held() and time.monotonic() < deadline:
-            if str(self._store.live()) == self._history.weight_version:
-                return
+        while self.releases.undecided and not self.controls.stop.is_set() and time.monotonic() < deadline:
             self._listen()
 
     def _new_publisher(self) -> Publisher:
@@ -380,7 +378,7 @@ class Learner:
         self._journal.forget_from(self.step + 1)
         self._branch_off(self.step)
         self._publisher = self._new_publisher()
-        self._store.promote(version)
+        self.releases.branch_off(version)
         self._publish()
         self._checkpoint()
         log.warning("step %d continues from the weights of %s", self.step, version)

@@ -5,7 +5,7 @@
     releases.report(version, report)    # from the HTTP thread
 
 While a trial runs, later versions wait; the newest of them is tried next. A version that fails is withdrawn:
-the live one stays, and the next version gets its own trial.
+the live one stays, and the next version gets its own trial, with another actor if the canary fell silent.
 """
 
 from __future__ import annotations
@@ -45,6 +45,18 @@ class Releases:
         self._next: PolicyVersion | None = None
         self.outcomes: Counter[str] = Counter()
 
+    @property
+    def trial(self) -> tuple[PolicyVersion, str] | None:
+        """The version on trial and its canary, None while there is none."""
+        trial = self._trial
+        return trial and trial[:2]
+
+    @property
+    def undecided(self) -> bool:
+        """Whether a version is on trial or waits for one that may begin."""
+        with self._lock:
+            return self._trial is not None or (self._next is not None and not self._store.held())
+
     def stored(self, version: PolicyVersion) -> None:
         """Take in a version that was just stored."""
         with self._lock:
@@ -71,16 +83,25 @@ class Releases:
         with self._lock:
             self._trial = None
 
+    def branch_off(self, version: PolicyVersion) -> None:
+        """Make live the version that the learner goes on from; what came after it is never tried."""
+        with self._lock:
+            self._trial = self._next = None
+            self._store.promote(version)
+
     def tick(self) -> None:
         """Give up on a canary that has not reported in time; called now and then."""
         with self._lock:
             if self._trial is not None and self._trial[2] < time.monotonic():
+                self._leases.forget(self._trial[1])  # until it asks again, trials go to others
                 self._end(f"no report within {self._config.timeout_s:g} s")
             elif self._trial is None and self._next is not None:
                 self._begin()
 
     def _begin(self) -> None:
         """Try the newest waiting version out; without any actor, it waits for one."""
+        if self._next == self._store.live():
+            self._next = None  # an operator promoted it
         if self._trial is not None or self._next is None or self._store.held():
             return
         canary = self._canary()
@@ -104,8 +125,9 @@ class Releases:
         self._begin()
 
     def _canary(self) -> str | None:
-        """The first by name of the actors that follow the weights, lest every trial have another."""
-        return min(self._leases.clients(role="actor"), default=None)
+        """The first by name of the actors that run a version, lest every trial have another."""
+        actors = self._leases.clients(role="actor")
+        return min((name for name, runs in actors.items() if runs is not None), default=None)
 
     def _fault(self, report: TrialReport) -> str | None:
         config = self._config

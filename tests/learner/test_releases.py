@@ -105,13 +105,25 @@ def test_only_the_canarys_word_on_the_version_on_trial_counts(trial: Trial) -> N
     assert trial.targets() == (1, 0)
 
 
-def test_a_silent_canary_means_withdrawal(tmp_path: Path) -> None:
+def test_a_silent_canary_means_withdrawal_and_the_next_trial_goes_to_another(tmp_path: Path) -> None:
     trial = Trial(tmp_path, timeout_s=1e-6)
     trial.publish(0)
     trial.publish(1)
     trial.releases.tick()
     assert trial.targets() == (0, 0)
     assert trial.releases.outcomes == {"withdrawn": 1}
+    trial.publish(2)
+    assert trial.targets() == (0, 2)
+    trial.leases.renew("actor-0", version(0))  # it was only slow
+    trial.publish(3)
+    trial.releases.tick()
+    assert trial.targets() == (3, 0)
+
+
+def test_an_actor_that_is_still_starting_is_no_canary(trial: Trial) -> None:
+    trial.leases.renew("actor-0", None)
+    trial.publish(1)
+    assert trial.targets() == (0, 1)
 
 
 def test_without_any_actor_a_version_waits_for_one(tmp_path: Path) -> None:
@@ -144,6 +156,39 @@ def test_an_operators_word_ends_the_trial(trial: Trial) -> None:
     assert trial.store.live() == version(0)
     trial.publish(2)
     assert trial.targets() == (2, 0)
+
+
+def test_a_version_that_an_operator_promoted_is_not_tried_again(trial: Trial) -> None:
+    trial.store.roll_back(version(0))
+    trial.releases.overruled()
+    trial.publish(1)
+    assert not trial.releases.undecided
+    trial.store.promote(version(1))
+    trial.releases.overruled()
+    trial.releases.tick()
+    assert (trial.targets(), trial.releases.trial) == ((1, 1), None)
+    trial.publish(2)
+    assert trial.targets() == (2, 1)
+
+
+def test_what_waited_when_the_learner_went_back_is_never_tried(trial: Trial) -> None:
+    trial.publish(1)
+    trial.publish(2)
+    trial.store.roll_back(version(0))
+    trial.releases.overruled()
+    trial.releases.branch_off(version(0))
+    trial.releases.tick()
+    assert (trial.targets(), trial.store.held()) == ((0, 0), False)
+    trial.publish(3)
+    assert trial.targets() == (3, 0)
+
+
+def test_nothing_is_undecided_once_the_trial_is_over(trial: Trial) -> None:
+    assert not trial.releases.undecided
+    trial.publish(1)
+    assert trial.releases.undecided
+    trial.report(1, finite=False)
+    assert not trial.releases.undecided
 
 
 @pytest.fixture

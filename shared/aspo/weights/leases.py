@@ -40,6 +40,11 @@ class Leases:
                 self._leases.pop(next(iter(self._leases)))
             self._leases[client] = Lease(role, version, url, time.monotonic() + LEASE_S)
 
+    def forget(self, client: str) -> None:
+        """Take a client for gone until it asks again."""
+        with self._lock:
+            self._leases.pop(client, None)
+
     def versions(self) -> set[PolicyVersion]:
         """The versions that somebody runs."""
         return {lease.version for lease in self._alive().values() if lease.version is not None}
