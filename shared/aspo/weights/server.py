@@ -198,8 +198,10 @@ def weight_routes(store: WeightStore, leases: Leases) -> APIRouter:
         known = have or (if_none_match or "").strip('"') or None
         if client is not None:
             leases.renew(client, _parse_or_none(known), serves, role)
-        version = await moves.other_than(known, client, wait, request.app.state.closing)
-        target = version or store.target(client)
+        # Who holds nothing has nothing to compare a trial with: it starts from the live version.
+        tried_by = client if known else None
+        version = await moves.other_than(known, tried_by, wait, request.app.state.closing)
+        target = version or store.target(tried_by)
         if target is None:
             raise ApiError(404, "no_version", "no version is published yet", "wait with ?wait=30")
         if version is None:

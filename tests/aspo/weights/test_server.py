@@ -46,6 +46,22 @@ async def test_a_version_that_is_not_live_wakes_nobody(store: WeightStore, pulle
     assert await puller.latest(have="r/1/0") is not None
 
 
+async def test_a_canary_that_comes_anew_starts_from_the_live_version(
+    store: WeightStore, serve: Callable[..., str], tmp_path: Path
+) -> None:
+    """It was killed in the middle of its trial, say, and has nothing to hold the version against."""
+    store.put(version(0), tensors(0), FILES)
+    store.put(version(1), tensors(1), FILES, live=False)
+    store.try_out(version(1), "canary")
+    async with WeightClient(serve(), tmp_path / "canary", name="canary", role="actor") as canary:
+        first = await canary.latest()
+        assert first is not None
+        assert (first.manifest.version, first.trial) == ("r/1/0", False)
+        then = await canary.latest(have="r/1/0")
+        assert then is not None
+        assert (then.manifest.version, then.trial) == ("r/1/1", True)
+
+
 async def test_etag_of_the_latest_version_saves_the_answer(
     store: WeightStore, serve: Callable[..., str]
 ) -> None:
