@@ -19,14 +19,26 @@ from aspo.weights.store import WeightStore
 from aspo_learner.releases import Releases, TrialReport
 
 
+class TrialStatus(BaseModel):
+    """The version that an actor tries out for the others."""
+
+    version: str
+    canary: str
+
+
 class LearnerStatus(BaseModel):
-    """What a learner is doing; metrics are those of the last step, names as in metrics.jsonl."""
+    """What a learner is doing; metrics are those of the last step, names as in metrics.jsonl.
+
+    `trials` counts what became of the versions that a canary has tried, since the learner's start.
+    """
 
     run: str
     phase: str
     version: str | None
     live: str | None = None
     held: bool = False
+    trial: TrialStatus | None = None
+    trials: dict[str, int] = {}
     step: int
     steps: int
     accuracy_before: float | None = None

@@ -30,7 +30,7 @@ from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.tls import server_context
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
-from aspo_learner.app import Controls, LearnerStatus, build_app
+from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.batching import repetition
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.data import Prompt, load_prompts
@@ -121,12 +121,15 @@ class Learner:
     def status(self) -> LearnerStatus:
         """A snapshot for `/v1/status`; safe from any thread."""
         newest, live, history = self._store.newest(), self._store.live(), self._history
+        trial = self.releases.trial
         return LearnerStatus(
             run=self.config.run.name,
             phase=self._phase,
             version=str(newest) if newest else None,
             live=str(live) if live else None,
             held=self._store.held(),
+            trial=TrialStatus(version=str(trial[0]), canary=trial[1]) if trial else None,
+            trials=dict(self.releases.outcomes),
             step=self.step,
             steps=self.config.learner.steps,
             accuracy_before=history.accuracy_before,
