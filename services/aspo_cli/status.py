@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import time
 from typing import Any
@@ -59,9 +60,12 @@ def _run_table(status: Status) -> Table:
     tasks, groups = _number(metrics.get("queue_tasks"), 0), _number(metrics.get("queue_rollouts"), 0)
     title = f"run {status['run']}: {status['phase']}"
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    for _ in range(4):
+        table.add_column(overflow="fold")
     cells = {
         "step": f"{status['step']}/{status['steps']}",
         "version": status["version"] or "-",
+        "live": _live(status),
         "reward": _number(metrics.get("reward"), 3),
         "accuracy": f"{_number(status['accuracy_before'], 3)} → {_number(status['accuracy'], 3)}",
         "entropy": _number(metrics.get("entropy"), 3),
@@ -80,23 +84,37 @@ def _run_table(status: Status) -> Table:
 def _actor_table(actors: list[Status]) -> Table | Text:
     if not actors:
         return Text("no actor is alive; start one with: aspo actor --config FILE", style="yellow")
-    table = Table()
-    for name in ("actor", "state", "version", "tokens/s", "groups", "flying", "syncs", "pause", "failed"):
-        text = name in ("actor", "state", "version")
-        table.add_column(name, justify="left" if text else "right", no_wrap=True, overflow="ellipsis")
+    # Where it is narrow the names take several lines, and the numbers one.
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("actor", "state"):
+        table.add_column(name, overflow="fold", min_width=len("sampling"))
+    for name in ("version", "tokens/s", "groups", "flying", "pause", "failed"):
+        table.add_column(name, justify="right", no_wrap=True)
     for actor in actors:
         table.add_row(
             Text(actor["id"]),
-            Text(actor["state"]),
-            actor["version"] or "-",
+            Text(_short(actor["state"])),
+            _short(actor["version"]) or "-",
             f"{actor['tokens_per_second']:,.0f}",
             f"{actor['groups']:,}",
             str(actor["groups_in_flight"]),
-            str(actor["weight_syncs"]),
-            f"{actor['weight_pause_seconds'] * 1000:.0f}",
+            f"{actor['weight_pause_seconds'] * 1000:.0f} ms",
             str(actor["reward_failures"]),
         )
     return table
+
+
+def _live(status: Status) -> str:
+    """What actors are to run, and what keeps or may soon replace it."""
+    live = _short(status["live"] or "-")
+    if status["held"]:
+        return f"{live} (held)"
+    return f"{live} (trying {_short(status['trial']['version'])})" if status["trial"] else live
+
+
+def _short(text: str) -> str:
+    """Versions in a text without their run's name."""
+    return re.sub(r"\S+/(\d+/\d+)", r"\1", text)
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -19,6 +20,7 @@ app = typer.Typer(
     help="Versions of the weights: list, show, verify, pull, snapshot, promote and roll back.",
     epilog="Example: aspo weights pull my-model --version demo/1/42 --learner http://learner:8000",
 )
+_NAMED = 3  # clients of a version that are listed by name
 Version = Annotated[str, typer.Argument(help="run/epoch/step, as `aspo weights ls` shows it.")]
 
 
@@ -29,21 +31,7 @@ def list_versions(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as
     if as_json:
         typer.echo(json.dumps(found))
         return
-    title = "held: later versions wait for `aspo weights promote`" if found["held"] else None
-    table = Table(title=title, title_style="yellow", title_justify="left")
-    for name, justify in {"version": "left", "": "left", "changed": "right", "ways to it": "left"}.items():
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("run by")
-    for version in found["versions"]:
-        fraction = version["changed_fraction"]
-        table.add_row(
-            version["version"],
-            "live" if version["live"] else "",
-            "-" if fraction is None else f"{fraction:.2%}",
-            ", ".join(f"{_short(base)} {_bytes(size)}" for base, size in version["transfers"].items()),
-            escape(", ".join(version["running"])),
-        )
-    _console().print(table)
+    _console().print(versions_table(found))
 
 
 @app.command()
@@ -57,10 +45,13 @@ def show(
         return
     for name in ("version", "parent", "state_digest", "config_digest", "changed_fraction"):
         typer.echo(f"{name:17} {manifest[name]}")
-    table = Table("tensor", "type", "shape", "blake3")
+    table = _table()
+    table.add_column("tensor", overflow="fold")
+    for name in ("type", "shape", "blake3"):
+        table.add_column(name, no_wrap=True)
     for info in manifest["tensors"]:
         shape = " x ".join(map(str, info["shape"])) or "scalar"
-        table.add_row(info["name"], info["dtype"], shape, info["digest"][:16])
+        table.add_row(info["name"], info["dtype"], shape, info["digest"][:12])
     _console().print(table)
 
 
@@ -118,12 +109,37 @@ def snapshot(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None) -> None
     typer.echo(_tell(learner, "/v1/weights/snapshot", token))
 
 
+def versions_table(found: dict[str, Any]) -> Table:
+    """The answer of `GET /v1/weights` as a table."""
+    title = "held: later versions wait for `aspo weights promote`" if found["held"] else None
+    table = _table(title=title, title_style="yellow", title_justify="left")
+    for name in ("version", "", "changed"):
+        table.add_column(name, no_wrap=True, justify="right" if name == "changed" else "left")
+    for name in ("ways to it", "run by"):
+        table.add_column(name, overflow="fold")
+    for version in found["versions"]:
+        fraction = version["changed_fraction"]
+        table.add_row(
+            version["version"],
+            "live" if version["live"] else "",
+            "-" if fraction is None else f"{fraction:.2%}",
+            ", ".join(f"{_short(base)} {_bytes(size)}" for base, size in version["transfers"].items()),
+            escape(_some(version["running"])),
+        )
+    return table
+
+
 def _tell(url: str, path: str, token: str | None, body: object = None) -> str:
     return str(ask(url, path, token, expect={"state"}, method="POST", body=body)["state"])
 
 
 def _short(base: str) -> str:
     return base if base == "snapshot" else f"from {base.rpartition('/')[2]}:"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The names, or how many they are."""
+    return ", ".join(names) if len(names) <= _NAMED else f"{len(names)} clients"
 
 
 def _bytes(size: int) -> str:
@@ -133,6 +149,11 @@ def _bytes(size: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} GB"
+
+
+def _table(**options: Any) -> Table:
+    """A table without lines: 80 columns hold more of it."""
+    return Table(box=None, padding=(0, 2, 0, 0), header_style="dim", **options)
 
 
 def _console() -> Console:
