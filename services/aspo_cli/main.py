@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +24,21 @@ app = typer.Typer(
 
 app.add_typer(weights.app, name="weights")
 app.add_typer(quarantine.app, name="quarantine")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"aspo {importlib.metadata.version('aspo')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Take what comes before a command's name."""
 
 
 @app.command()

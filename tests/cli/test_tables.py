@@ -1,6 +1,9 @@
-"""What `aspo status` and `aspo weights ls` show, on a terminal of 80 columns."""
+"""What `aspo status` and `aspo weights ls` show, on a terminal of 80 columns; and `aspo --version`."""
 
 from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
 
 import pytest
 from rich.console import Console, RenderableType
@@ -10,6 +13,7 @@ from aspo.weights.server import VersionInfo, Versions
 from aspo_cli.status import render
 from aspo_cli.weights import versions_table
 from aspo_learner.app import LearnerStatus, TrialStatus
+from services import Service
 
 WIDTH = 80
 
@@ -71,3 +75,9 @@ def test_the_versions_fit_80_columns() -> None:
     for cell in ("demo/1/1136  live    1.23%", "demo/1/1137", "from 1136: 123 kB", "400 clients"):
         assert cell in text, text
     assert "-0-3821" in text
+
+
+def test_the_version_of_the_program_is_shown(tmp_path: Path) -> None:
+    command = Service(tmp_path, "--version")
+    assert command.wait(60) == 0
+    assert command.text == f"aspo {importlib.metadata.version('aspo')}\n"
