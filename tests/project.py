@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from aspo.config import ConfigError, load_config
 from aspo_cli.processes import free_port
 from aspo_cli.status import fetch_status
 from models import char_tokenizer, save_model
+from services import Service
 
 REWARD = """
 def sevens(completion, *, wanted, **columns):
@@ -91,3 +93,16 @@ def step_of(url: str) -> int:
 def metrics_of(project: Path, run: str) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (project / "runs" / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def post(url: str) -> None:
+    """Tell a service something."""
+    with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10):
+        return
+
+
+def aspo_weights(project: Path, url: str, *arguments: str) -> str:
+    """Run `aspo weights` against a learner; gives what it printed."""
+    command = Service(project, "weights", *arguments, "--learner", url)
+    assert command.wait(60) == 0, command.text
+    return command.text

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aspo_cli.status import fetch_status
-from project import learner_url, make_project, metrics_of, step_of
+from project import aspo_weights, learner_url, make_project, metrics_of, post, step_of
 from services import Service, wait_until
 
 STEPS = 24
@@ -43,11 +43,6 @@ def finished(project: Path, url: str) -> Iterator[tuple[Service, Service, Path]]
     finally:
         learner.kill()
         actor.kill()
-
-
-def post(url: str) -> None:
-    with urllib.request.urlopen(urllib.request.Request(url, method="POST"), timeout=10):
-        return
 
 
 def read(url: str) -> str:
@@ -94,31 +89,24 @@ def test_models_load_with_from_pretrained(finished: tuple[Service, Service, Path
         assert tokenizer.decode(tokenizer("12+3=")["input_ids"]).replace(" ", "") == "12+3="
 
 
-def aspo(project: Path, url: str, *arguments: str) -> str:
-    """Run `aspo weights` against the learner; gives what it printed."""
-    command = Service(project, "weights", *arguments, "--learner", url)
-    assert command.wait(60) == 0, command.text
-    return command.text
-
-
 def check_the_weights_commands(project: Path, url: str) -> None:
     """On a paused learner: list, verify, go back with the actor following, and return."""
 
     def actor_at(version: str) -> bool:
         return all(actor["version"] == version for actor in fetch_status(url)["actors"])
 
-    listed = json.loads(aspo(project, url, "ls", "--json"))
+    listed = json.loads(aspo_weights(project, url, "ls", "--json"))
     versions = [version["version"] for version in listed["versions"]]
     newest, older = versions[-1], versions[-3]
     wait_until(lambda: actor_at(newest), 60, ())
-    assert f"{newest} is intact" in aspo(project, url, "verify")
-    assert "embed_tokens" in aspo(project, url, "show", newest)
-    assert f"{older} is live" in aspo(project, url, "rollback", older)
+    assert f"{newest} is intact" in aspo_weights(project, url, "verify")
+    assert "embed_tokens" in aspo_weights(project, url, "show", newest)
+    assert f"{older} is live" in aspo_weights(project, url, "rollback", older)
     wait_until(lambda: actor_at(older), 60, ())
     assert fetch_status(url)["held"]
-    assert f"{newest} is live" in aspo(project, url, "promote", newest)
+    assert f"{newest} is live" in aspo_weights(project, url, "promote", newest)
     wait_until(lambda: actor_at(newest), 60, ())
-    aspo(project, url, "rollback", older, "--continue")
+    aspo_weights(project, url, "rollback", older, "--continue")
 
 
 def test_a_restarted_learner_goes_on_and_the_actor_follows(
