@@ -59,7 +59,13 @@ class Trials:
             self._seen.notify_all()
 
     async def score(self) -> list[Scored]:
-        """Score the remembered completions under the weights that run now, those that can be scored."""
+        """Score the remembered completions under the weights that run now, those that can be scored.
+
+        Who remembers none yet waits a while for the first: a trial that compares nothing passes anything.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._config.timeout_s / 4), self._seen:
+                await self._seen.wait_for(lambda: self._sequences)
         scored = []
         for tokens, length in list(self._sequences):
             # One that fills the context leaves no room for scoring; a damaged engine is mended by the update.
@@ -70,6 +76,8 @@ class Trials:
     async def report(self, version: str, parent: str, before: Sequence[Scored]) -> None:
         """Score the same completions again, wait for rewards under `version`, and tell the learner."""
         finite, kl = True, 0.0
+        if not before:
+            log.warning("trial of %s: no completion to compare; only that it samples is proven", version)
         try:
             after = [await self._score(old.token_ids, len(old.logprobs)) for old in before]
             kl = k3([old.logprobs for old in before], [new.logprobs for new in after])

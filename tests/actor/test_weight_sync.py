@@ -309,6 +309,15 @@ async def test_a_completion_that_fills_the_context_is_not_scored(plane: Plane) -
     assert len(await trials.score()) == 1
 
 
+async def test_a_trial_waits_for_a_completion_to_compare(plane: Plane) -> None:
+    trials = Trials(plane.client, plane.engine, CanaryConfig(), "actor-0")
+    scoring = asyncio.create_task(trials.score())
+    await plane.engine.probe(60)
+    assert not scoring.done()
+    await trials.saw(make_group(plane.model))
+    assert len(await scoring) == 1
+
+
 def test_k3_is_zero_for_equal_policies_and_grows_with_their_distance() -> None:
     logprobs = [np.array([-1.0, -2.0], dtype=np.float32), np.array([-0.5], dtype=np.float32)]
     assert k3(logprobs, logprobs) == 0
