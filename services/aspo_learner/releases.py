@@ -5,7 +5,8 @@
     releases.report(version, report)    # from the HTTP thread
 
 While a trial runs, later versions wait; the newest of them is tried next. A version that fails is withdrawn:
-the live one stays, and the next version gets its own trial, with another actor if the canary fell silent.
+the live one stays, and the next version gets its own trial. Where the canary falls silent, another actor
+tries the newest version.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Releases:
         self._lock = threading.RLock()
         self._trial: tuple[PolicyVersion, str, float] | None = None
         self._next: PolicyVersion | None = None
+        self._unanswered: PolicyVersion | None = None  # the last whose canary fell silent
         self.outcomes: Counter[str] = Counter()
 
     @property
@@ -93,7 +95,10 @@ class Releases:
         """Give up on a canary that has not reported in time; called now and then."""
         with self._lock:
             if self._trial is not None and self._trial[2] < time.monotonic():
-                self._leases.forget(self._trial[1])  # until it asks again, trials go to others
+                version, canary, _ = self._trial
+                self._leases.forget(canary)  # until it asks again, trials go to others
+                if self._next is None and version != self._unanswered:
+                    self._next = self._unanswered = version  # once more, with another
                 self._end(f"no report within {self._config.timeout_s:g} s")
             elif self._trial is None and self._next is not None:
                 self._begin()
