@@ -174,7 +174,7 @@ def test_an_operators_word_on_what_is_live_reaches_both_actors(project: Path, ac
 @pytest.mark.faults
 def test_a_canary_killed_in_its_trial_is_replaced(tmp_path: Path, redis_url: str, run: str) -> None:
     """Its trial times out, the next one goes to the other actor, and the run goes on to its end."""
-    project, steps, timeout = make_project(tmp_path, redis_url, run=run), 20, "canary.timeout_s=12"
+    project, steps, timeout = make_project(tmp_path, redis_url, run=run), 20, "canary.timeout_s=16"
     url = learner_url(project)
     # Groups that never come: a trial lasts for half of the timeout.
     actors = start_actors(project, "canary.groups=1000", timeout)
