@@ -12,7 +12,7 @@ import gzip
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, BinaryIO, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
@@ -54,15 +54,28 @@ class BlobResponse(Response):
         self.headers["content-length"] = str(self._stop - self._first)
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        """Send the slices as fast as the client takes them."""
-        with self._file as file:
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
-            for start in range(self._first, self._stop, _SLICE):
-                body = os.pread(file.fileno(), min(_SLICE, self._stop - start), start)
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b""})
+        """Send the slices as fast as the client takes them, until it has gone."""
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            with self._file as file:
+                await self._send(file, send, gone)
+        finally:
+            gone.cancel()
+
+    async def _send(self, file: BinaryIO, send: Send, gone: asyncio.Future[None]) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(self._first, self._stop, _SLICE):
+            if gone.done():  # whatever is sent now is dropped at once: nothing would bound the reading
+                return
+            body = os.pread(file.fileno(), min(_SLICE, self._stop - start), start)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await asyncio.sleep(0)  # `send` need not let others run
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
@@ -146,8 +159,8 @@ class _Answers:
     def __init__(self) -> None:
         self._kept: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
 
-    def give(self, plan: Plan, have: str | None, request: Request) -> Response:
-        key = (plan.manifest.version, have, len(plan.transfers), plan.peers, plan.trial)
+    def give(self, plan: Plan, request: Request) -> Response:
+        key = (plan.manifest.version, plan.transfers, plan.peers, plan.trial)
         if key not in self._kept:
             while len(self._kept) >= _KEPT_ANSWERS:
                 self._kept.pop(next(iter(self._kept)))
@@ -213,14 +226,14 @@ def weight_routes(store: WeightStore, leases: Leases) -> APIRouter:
             peers=leases.peers(version, client) if plan.size >= _PEERS_FROM else (),
             trial=version != store.live(),
         )
-        return answers.give(plan, have, request)
+        return answers.give(plan, request)
 
     @router.get("/v1/weights/{version:path}/plan", dependencies=actor)
     def plan(
         request: Request, version: str, have: Annotated[str | None, Query(max_length=100)] = None
     ) -> Response:
         """The plan for one version; 410 once it is collected."""
-        return answers.give(_plan(store, _parse(version), have), have, request)
+        return answers.give(_plan(store, _parse(version), have), request)
 
     @router.get("/v1/weights/{version:path}", dependencies=actor)
     def manifest(request: Request, version: str) -> Response:

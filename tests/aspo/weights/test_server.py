@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -106,6 +107,29 @@ async def test_blobs_honour_range_and_carry_their_digest_as_etag(
             assert head.status in (200, 405)
 
 
+async def test_a_download_cut_off_is_read_no_further(
+    store: WeightStore, serve: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slices: list[int] = []
+    pread = os.pread
+
+    def counted(file: int, size: int, start: int) -> bytes:
+        slices.append(start)
+        return pread(file, size, start)
+
+    monkeypatch.setattr("aspo.weights.server.os.pread", counted)
+    digest, url = "0" * 64, serve()
+    with (store.blobs.folder / digest).open("wb") as file:
+        file.truncate(2**30)
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"{url}/v1/blobs/{digest}") as response:
+            await response.content.read(1)
+        for _ in range(3):
+            async with session.get(f"{url}/livez") as probe:
+                assert probe.status == 200
+    assert len(slices) < 200
+
+
 async def test_collected_versions_are_gone_and_unknown_ones_not_found(
     store: WeightStore, serve: Callable[..., str], tmp_path: Path
 ) -> None:
@@ -134,6 +158,24 @@ async def test_collected_versions_are_gone_and_unknown_ones_not_found(
     async with WeightClient(url, tmp_path / "cache") as client:
         with pytest.raises(VersionGone, match="no longer kept; take the latest"):
             await client.manifest("r/1/0")
+
+
+async def test_a_way_that_was_collected_is_offered_to_nobody(
+    store: WeightStore, puller: WeightClient
+) -> None:
+    """The version that the way leads to is still live: it was rolled back to."""
+    for step in range(5):
+        store.put(version(step), tensors(step), FILES)
+    store.roll_back(version(4))
+    before = await puller.latest(have="r/1/3")
+    assert before is not None
+    assert before.kind == "delta"
+    for step in range(5, 12):
+        store.put(version(step), tensors(step), FILES)
+    plan = await puller.latest(have="r/1/3")
+    assert plan is not None
+    assert plan.kind == "snapshot"
+    await puller.pull(plan)
 
 
 async def test_a_nonsense_version_held_is_answered_with_a_snapshot(
