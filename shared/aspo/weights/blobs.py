@@ -12,6 +12,8 @@ from blake3 import blake3
 
 from aspo.weights.manifest import DIGEST_PATTERN, BlobRef, WeightsError
 
+TEMPORARY = ".tmp-"  # how the name of a file begins that is not whole yet
+
 
 class BlobStore:
     """Blobs on disk; a blob appears under its name only when it is whole."""
@@ -59,7 +61,7 @@ def file_digest(path: Path) -> str:
 def write_file(path: Path, content: bytes) -> None:
     """Write a file so that it appears whole or not at all, also after a power cut."""
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
     except OSError as error:
         raise _cannot_write(path, error) from error
     try:

@@ -25,7 +25,7 @@ import safetensors.torch
 from torch import Tensor
 
 from aspo.schemas import PolicyVersion
-from aspo.weights.blobs import BlobStore, write_file
+from aspo.weights.blobs import TEMPORARY, BlobStore, write_file
 from aspo.weights.delta import describe_delta, encode_delta, merge_deltas
 from aspo.weights.manifest import (
     BlobRef,
@@ -211,10 +211,12 @@ class WeightStore:
         version = manifest.policy_version
         with self._writing, self._commit():
             for transfer in transfers:
-                self._add_transfer(transfer)
+                write_file(self._transfer_file(transfer), transfer.encode())
             write_file(self._file("manifests", version), manifest.encode())
-            with self._lock:
+            with self._lock:  # all or nothing: a transfer to what could not be recorded must lead nobody
                 self._manifests[version] = manifest
+                for transfer in transfers:
+                    self._note_transfer(transfer)
 
     def go_live(self, version: PolicyVersion) -> None:
         """Make a version live unless the store is held."""
@@ -348,13 +350,14 @@ class WeightStore:
             version = PolicyVersion.parse(str(found[0].base))
 
     def _add_transfer(self, transfer: Transfer) -> None:
-        version = PolicyVersion.parse(transfer.version)
-        base = PolicyVersion.parse(transfer.base) if transfer.base else None
         with self._commit(), self._lock:
-            write_file(self._file("transfers", version, base), transfer.encode())
-            known = self._transfers.setdefault(version, [])
-            if transfer not in known:
-                known.append(transfer)
+            write_file(self._transfer_file(transfer), transfer.encode())
+            self._note_transfer(transfer)
+
+    def _note_transfer(self, transfer: Transfer) -> None:
+        known = self._transfers.setdefault(PolicyVersion.parse(transfer.version), [])
+        if transfer not in known:
+            known.append(transfer)
 
     def _move(self, live: Live) -> None:
         if live != self._live:
@@ -374,28 +377,25 @@ class WeightStore:
             wanted |= {live} if live in self._manifests else set()
             oldest = min(wanted)
             anchors = [v for v in ordered if v <= oldest and any(t.base is None for t in self._transfers[v])]
-            for version in ordered[: ordered.index(anchors[-1])] if anchors else []:
-                self._forget(version)
-            for transfer in [t for known in self._transfers.values() for t in known]:
-                if transfer.base is not None and PolicyVersion.parse(transfer.base) not in self._manifests:
-                    self._forget_transfer(transfer)
-            self.blobs.keep_only(self._used())
+            # Newest first: wherever a crash ends this, what remains can be reached.
+            for version in reversed(ordered[: ordered.index(anchors[-1])] if anchors else []):
+                del self._manifests[version], self._transfers[version]
+                self._file("manifests", version).unlink(missing_ok=True)
+            for known in self._transfers.values():
+                known[:] = [t for t in known if not t.base or PolicyVersion.parse(t.base) in self._manifests]
+            self._sweep()
 
-    def _forget(self, version: PolicyVersion) -> None:
-        """Drop a version, its manifest before its transfers."""
-        del self._manifests[version]
-        self._file("manifests", version).unlink(missing_ok=True)
-        for transfer in self._transfers.pop(version):
-            self._transfer_file(transfer).unlink(missing_ok=True)
-
-    def _forget_transfer(self, transfer: Transfer) -> None:
-        self._transfers[PolicyVersion.parse(transfer.version)].remove(transfer)
-        self._transfer_file(transfer).unlink(missing_ok=True)
-
-    def _used(self) -> set[str]:
+    def _sweep(self) -> None:
+        """Delete what no version is made of: unused blobs, damaged files, and what crashes left."""
+        transfers = [transfer for known in self._transfers.values() for transfer in known]
         refs: list[BlobRef] = [ref for m in self._manifests.values() for ref in m.files.values()]
-        refs += [ref for known in self._transfers.values() for t in known for ref in t.blobs]
-        return {ref.digest for ref in refs}
+        refs += [ref for transfer in transfers for ref in transfer.blobs]
+        used = {self._file("manifests", version) for version in self._manifests}
+        used |= {self._transfer_file(transfer) for transfer in transfers}
+        for pattern in ("manifests/*", "transfers/*", f"{TEMPORARY}*"):
+            for path in set(self._root.glob(pattern)) - used:
+                path.unlink(missing_ok=True)
+        self.blobs.keep_only({ref.digest for ref in refs})
 
     def _require(self, version: PolicyVersion) -> Manifest:
         manifest = self.manifest(version)

@@ -213,6 +213,26 @@ def test_a_full_disk_leaves_the_old_version_live(store: WeightStore, monkeypatch
     store.verify(version(2))
 
 
+def test_a_transfer_to_what_could_not_be_recorded_leads_nobody(
+    store: WeightStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, range(1))
+    replace = blobs_module.os.replace
+
+    def no_manifest(source: str, target: Path) -> None:
+        if target.parent.name == "manifests":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(blobs_module.os, "replace", no_manifest)
+        with pytest.raises(WeightsError, match="No space left on device"):
+            store.put(version(1), tensors(1), FILES)
+    store.put(version(1), tensors(2), FILES)
+    assert len(store.transfers(version(1))) == 1
+    store.verify(version(1))
+
+
 def test_what_fails_after_a_version_is_stored_does_not_undo_it(
     store: WeightStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
