@@ -278,6 +278,9 @@ class WeightClient:
     async def _retry(self, attempt: Callable[[], Awaitable[T]], what: str) -> T:
         last: Exception | None = None
         for count in range(RETRIES):
+            if count:
+                self.stats.retries += 1
+                await asyncio.sleep(min(_RETRY_CEILING_S, 0.05 * 2**count) * random.uniform(0.5, 1.0))
             try:
                 return await attempt()
             except Refused:
@@ -289,8 +292,6 @@ class WeightClient:
                 ) from error
             except (aiohttp.ClientError, TimeoutError, WeightsError) as error:
                 last = error
-            self.stats.retries += 1
-            await asyncio.sleep(min(_RETRY_CEILING_S, 0.1 * 2**count) * random.uniform(0.5, 1.0))
         if isinstance(last, aiohttp.ClientConnectionError):
             raise WeightsError(
                 f"no learner answers at {self._url}, asked {RETRIES} times for {what}; start one, or "
