@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +14,9 @@ from aspo.failpoints import reach
 from aspo.schemas import PolicyVersion
 from aspo.weights.manifest import Manifest, WeightsError
 from aspo.weights.store import WeightStore
-from aspo_learner.policy import Policy
+
+if TYPE_CHECKING:  # its import takes seconds, and a publisher only calls it
+    from aspo_learner.policy import Policy
 
 log = logging.getLogger(__name__)
 
