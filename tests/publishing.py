@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -15,21 +14,22 @@ import torch
 from prometheus_client import CollectorRegistry
 from torch import Tensor
 
+from aspo import fence as fencing
 from aspo.config import AuthConfig
+from aspo.fence import Fence
 from aspo.http import Server, create_app, listen
 from aspo.queue import connect
 from aspo.schemas import PolicyVersion
 from aspo.weights.leases import Leases
 from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
-from aspo_learner.publisher import Publisher, next_epoch
+from aspo_learner.publisher import Publisher
+from forking import forkserver
 from versions import FILES, tensors
 
 KEEP = 4
 SNAPSHOT_EVERY = 6
 _CHANGES = ("os.rename", "os.remove", "open")
-_forking = multiprocessing.get_context("forkserver")  # imports and compiles once for all lives
-_forking.set_forkserver_preload(["publishing", "compiled"])
 
 
 def content(version: PolicyVersion) -> dict[str, Tensor]:
@@ -61,8 +61,9 @@ def start(folder: Path, run: str, redis_url: str, die_at: int = 0) -> tuple[Base
     It goes on from the newest version under the next epoch. It kills itself just before its `die_at`-th
     change of a file, if one is given.
     """
-    ours, theirs = _forking.Pipe(duplex=False)
-    process = _forking.Process(target=_publish, args=(folder, run, redis_url, die_at, theirs), daemon=True)
+    context = forkserver()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_publish, args=(folder, run, redis_url, die_at, theirs), daemon=True)
     process.start()
     theirs.close()
     return process, ours
@@ -72,17 +73,20 @@ def _publish(folder: Path, run: str, redis_url: str, die_at: int, pipe: Connecti
     if die_at:
         _die_at_change(folder, die_at)
     leases = Leases()
-    store = WeightStore(folder, keep=KEEP, snapshot_every=SNAPSHOT_EVERY, leased=leases.versions)
+    fencing.LEASE_S = 0.3  # of lives this short, a dead learner's would take most of the time
+    fence = Fence.acquire(connect(redis_url), run, folder.parent)
+    store = WeightStore(
+        folder, keep=KEEP, snapshot_every=SNAPSHOT_EVERY, leased=leases.versions, commit=fence.commit
+    )
     newest = store.newest()
-    epoch = next_epoch(connect(redis_url), run, store)
-    policy: Any = StepsOfContent(run, epoch, newest.step if newest else 0)
-    publisher = Publisher(store, policy, run, epoch)
+    policy: Any = StepsOfContent(run, fence.epoch, newest.step if newest else 0)
+    publisher = Publisher(store, policy, run, fence.epoch)
     app = create_app("learner", auth=AuthConfig(), ready=lambda: None, registry=CollectorRegistry())
     app.include_router(weight_routes(store, leases))
     app.include_router(blob_routes(store.blobs))
     listener = listen("127.0.0.1", 0, AuthConfig())
     with Server(app, listener):
-        pipe.send((epoch, listener.getsockname()[1]))
+        pipe.send((fence.epoch, listener.getsockname()[1]))
         while True:
             publisher.publish(policy.version.step)
             publisher.wait()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aspo_cli.processes import free_port, redis_command, wait_for_port
-
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from forking import QUIET, forkserver
 
 
 @contextmanager
@@ -57,7 +55,7 @@ class Service:
                 cwd=folder,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **ENVIRONMENT, **(environment or {})},
+                env={**os.environ, **QUIET, **(environment or {})},
                 start_new_session=True,
             )
 
@@ -93,10 +91,7 @@ class ForkedProcess:
     def __init__(
         self, folder: Path, log: Path, arguments: tuple[str, ...], environment: dict[str, str]
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["aspo_learner.learner", "aspo_cli.services"])
-        os.environ.update(ENVIRONMENT)  # the server's, when it starts
-        self._process = context.Process(target=run_forked, args=(folder, log, arguments, environment))
+        self._process = forkserver().Process(target=run_forked, args=(folder, log, arguments, environment))
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid

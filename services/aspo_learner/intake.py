@@ -56,7 +56,7 @@ class Intake:
         on_eval: Callable[[RolloutGroup], None],
         on_lost_eval: Callable[[str], None] = lambda uid: None,
     ) -> None:
-        self._reader, self._ledger, self._asker, self._limits = reader, ledger, asker, limits
+        self._reader, self._ledger, self._asker, self.limits = reader, ledger, asker, limits
         self.staleness = staleness
         self._on_eval, self._on_lost_eval = on_eval, on_lost_eval
         self._seen: set[tuple[bytes, bytes]] = set()
@@ -132,12 +132,12 @@ class Intake:
         group: RolloutGroup | None = None
         reason: str | None
         try:
-            group = decode_group(delivery.payload, max_bytes=self._limits.max_entry_bytes)
+            group = decode_group(delivery.payload, max_bytes=self.limits.max_entry_bytes)
             reason = validate_group(
                 group,
-                vocab_size=self._limits.vocab_size,
-                max_tokens=self._limits.max_tokens,
-                max_prompt_tokens=self._limits.max_prompt_tokens,
+                vocab_size=self.limits.vocab_size,
+                max_tokens=self.limits.max_tokens,
+                max_prompt_tokens=self.limits.max_prompt_tokens,
                 current=current,
             )
         except CodecError as error:
@@ -151,7 +151,7 @@ class Intake:
             self._admit(delivery, group)
 
     def _admit(self, delivery: Delivery, group: RolloutGroup) -> None:
-        index = task_index(group.uid, self._limits.run, "train")
+        index = task_index(group.uid, self.limits.run, "train")
         if index is None:
             self._set_aside(delivery, "foreign-uid")
         elif not self._asker.was_asked(group, index):
@@ -186,7 +186,7 @@ class Intake:
         self.ended[code] += 1
         self._reader.quarantine(delivery, reason, max_bytes=self.limits.max_entry_bytes)
         self._done.append(delivery)
-        index = task_index(delivery.uid, self._limits.run, "train")
+        index = task_index(delivery.uid, self.limits.run, "train")
         if index is not None and index not in self._held and index < self._asker.cursor:
             self._ledger.set_aside(index)
         self._on_lost_eval(delivery.uid)

@@ -332,7 +332,8 @@ class Learner:
 
     def _dispatch(self) -> None:
         current, newest = self._current, self._store.newest()
-        behind = self._intake.staleness.lag(newest, current) if newest else 0
+        # While steps are trained again, the newest version is ahead.
+        behind = max(0, self._intake.staleness.lag(newest, current)) if newest else 0
         remaining = self.config.learner.steps - self.step
         self._dispatcher.top_up(remaining, current=current, live=self._store.live(), behind=behind)
 

@@ -12,15 +12,14 @@ import pytest
 import redis
 from redis.exceptions import NoPermissionError
 
+from aspo.fence import Fence
 from aspo.preflight import preflight
 from aspo.presence import ActorStatus, announce, present, withdraw
 from aspo.quarantine import Quarantine
 from aspo.queue import QueueError, RolloutReader, RolloutWriter, TaskQueue, connect
 from aspo.schemas import Task
-from aspo.weights.store import WeightStore
 from aspo_cli.processes import find_redis_server, free_port, redis_command
 from aspo_learner.identity import claim_run
-from aspo_learner.publisher import next_epoch
 from models import save_model
 from rollouts import write_config
 from services import Service, redis_server
@@ -130,7 +129,10 @@ def test_each_role_can_do_all_of_its_work(connected: As, run: str, tmp_path: Pat
     admin.acl_log_reset()
     _queue_protocol(learner, actor, run)
     claim_run(learner, run, tmp_path)
-    assert next_epoch(learner, run, WeightStore(tmp_path / "weights")) == 1
+    fence = Fence.acquire(learner, run, tmp_path)
+    assert fence.execute(lambda pipeline: pipeline.get(f"aspo:{run}:epoch")) == [b"1"]
+    fence.release()
+    assert not admin.exists(f"aspo:{run}:lease")
     status = ActorStatus(id="a", run=run, url="", state="sampling", version="")
     announce(actor, status, ttl_s=10)
     announce(actor, status.model_copy(update={"id": "b"}), ttl_s=10)

@@ -13,6 +13,7 @@ from aspo.codec import encode_group
 from aspo.queue import Claim, RolloutWriter, TaskQueue, connect
 from aspo.schemas import PolicyVersion
 from aspo_cli.processes import free_port
+from aspo_cli.services import hold_run
 from aspo_learner.learner import Learner
 from models import save_model
 from rollouts import make_plain_group, write_config
@@ -103,9 +104,11 @@ def test_late_groups_are_handled_as_the_policy_says(
         data=prompts,
         overrides=[f"{name}={value}" for name, value in settings.items()],
     )
-    learner = Learner(config)
+    fence = hold_run(config)
+    learner = Learner(config, fence)
     with PunctualAndPaused(learner) as actors:
         learner.run()
+    fence.release()
     steps = [json.loads(line) for line in (config.run.path / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == STEPS
     assert [sum(step[f"stale_{name}"] for step in steps) for name in COUNTS] == [dropped, masked, decayed]
