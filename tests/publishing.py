@@ -75,9 +75,7 @@ def _publish(folder: Path, run: str, redis_url: str, die_at: int, pipe: Connecti
     leases = Leases()
     fencing.LEASE_S = 0.3  # of lives this short, a dead learner's would take most of the time
     fence = Fence.acquire(connect(redis_url), run, folder.parent)
-    store = WeightStore(
-        folder, keep=KEEP, snapshot_every=SNAPSHOT_EVERY, leased=leases.versions, commit=fence.commit
-    )
+    store = WeightStore(folder, keep=KEEP, snapshot_every=SNAPSHOT_EVERY, leased=leases.versions)
     newest = store.newest()
     policy: Any = StepsOfContent(run, fence.epoch, newest.step if newest else 0)
     publisher = Publisher(store, policy, run, fence.epoch)

@@ -26,7 +26,7 @@ class ScriptedActor:
     """Answers tasks in a thread of its own, under the version that the learner's store says is live."""
 
     def __init__(self, url: str, run: str, folder: Path, *, name: str = "scripted") -> None:
-        self._url, self._run, self._live, self._name = url, run, folder / "weights" / "live", name
+        self._url, self._run, self._live, self._name = url, run, folder / "state" / "weights" / "live", name
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
 

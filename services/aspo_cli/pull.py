@@ -82,7 +82,7 @@ async def _follow(client: WeightClient, plan: Plan, scratch: Path) -> Any:
 def verify_store(folder: Path) -> str:
     """Check every version of a store on disk, byte by byte; raises AspoError for a damaged one."""
     if not (folder / "manifests").is_dir():
-        raise ConfigError(f"{folder} is not a store of weights; it lies at runs/NAME/weights")
+        raise ConfigError(f"{folder} is not a store of weights; it lies at runs/NAME/state/weights")
     store = WeightStore(folder)
     versions = store.versions()
     if store.left_out or not versions:

@@ -20,6 +20,7 @@ from aspo.fence import Fence
 from aspo.preflight import require
 from aspo.queue import OUTAGE_S, QueueError, connect
 from aspo.telemetry import setup_logging
+from aspo.weights.manifest import WeightsError
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,9 @@ def _train(config: Config, fence: Fence) -> None:
     try:
         with _denials():
             learner.run()
+    except (OSError, WeightsError):
+        fence.require()  # the folder is gone because another learner has taken it over
+        raise
     except redis.RedisError as error:
         raise QueueError(
             f"Redis or its data was lost ({error}); run it with --appendonly yes and start the learner "

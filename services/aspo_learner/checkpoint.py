@@ -13,8 +13,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,10 @@ _DIGESTS = "digests.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; they come and go inside `commit`, which raises for a learner replaced."""
+    """The checkpoints of one run."""
 
-    def __init__(
-        self, folder: Path, *, keep: int, commit: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        self._folder, self._keep, self._commit = folder, keep, commit
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        self._folder, self._keep = folder, keep
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -59,14 +55,13 @@ class Checkpoints:
         reach("checkpoint.manifest")
         for path in (*partial.iterdir(), partial):
             _sync(path)
-        with self._commit():
-            target = self._new_name(step)
-            os.replace(partial, target)
-            _sync(self._folder)
-            reach("checkpoint.renamed")
-            older = [path for path in self._all() if path < target]
-            for old in older[: max(0, len(older) - self._keep + 1)]:
-                shutil.rmtree(old, ignore_errors=True)
+        target = self._new_name(step)
+        os.replace(partial, target)
+        _sync(self._folder)
+        reach("checkpoint.renamed")
+        older = [path for path in self._all() if path < target]
+        for old in older[: max(0, len(older) - self._keep + 1)]:
+            shutil.rmtree(old, ignore_errors=True)
         return target
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:

@@ -9,21 +9,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 
 class Journal:
-    """The plan of a run's steps, which only grows; it is written inside `commit`."""
+    """The plan of a run's steps, which only grows."""
 
-    def __init__(
-        self, path: Path, *, commit: Callable[[], AbstractContextManager[None]] = nullcontext
-    ) -> None:
-        self._path, self._commit = path, commit
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._plan = _read(path)
+        self._rewrite()  # a file of our own: a learner before us may have the old one open still
 
     @property
     def last(self) -> int:
@@ -41,7 +39,7 @@ class Journal:
             return
         if step != self.last + 1:
             raise ValueError(f"step {step} cannot be planned after step {self.last}")
-        with self._commit(), self._path.open("a") as file:
+        with self._path.open("a") as file:
             file.write(_line(step, tasks))
             file.flush()
             os.fsync(file.fileno())
@@ -52,10 +50,15 @@ class Journal:
         if step > self.last:
             return
         del self._plan[step - 1 :]
+        self._rewrite()
+
+    def _rewrite(self) -> None:
         partial = self._path.with_suffix(".partial")
-        with self._commit():
-            partial.write_text("".join(_line(n, tasks) for n, tasks in enumerate(self._plan, 1)))
-            os.replace(partial, self._path)
+        with partial.open("w") as file:
+            file.writelines(_line(step, tasks) for step, tasks in enumerate(self._plan, 1))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self._path)
 
 
 def _line(step: int, tasks: Sequence[int]) -> str:
@@ -65,7 +68,6 @@ def _line(step: int, tasks: Sequence[int]) -> str:
 def _read(path: Path) -> list[list[int]]:
     """Read the plan up to the first line that is broken; a crash may have cut the last one short."""
     plan: list[list[int]] = []
-    good = 0
     for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             entry = json.loads(line)
@@ -74,7 +76,5 @@ def _read(path: Path) -> list[list[int]]:
             plan.append([int(task) for task in entry["tasks"]])
         except (ValueError, KeyError, TypeError) as error:
             log.warning("the plan in %s ends at step %d (%s)", path, len(plan), error)
-            os.truncate(path, good)
             break
-        good += len(line)
     return plan

@@ -75,17 +75,14 @@ class Learner:
         self.trainer = Trainer(self.policy, config)
         self.leases = Leases()
         self._store = WeightStore(
-            config.run.path / "weights",
+            fence.folder / "weights",
             keep=config.weights.keep,
             snapshot_every=config.weights.snapshot_every,
             leased=self.leases.versions,
-            commit=fence.commit,
         )
         self.releases = Releases(self._store, self.leases, config.canary)
-        self._checkpoints = Checkpoints(
-            config.run.path / "checkpoints", keep=config.learner.keep_checkpoints, commit=fence.commit
-        )
-        self._journal = Journal(config.run.path / "plan.jsonl", commit=fence.commit)
+        self._checkpoints = Checkpoints(fence.folder / "checkpoints", keep=config.learner.keep_checkpoints)
+        self._journal = Journal(fence.folder / "plan.jsonl")
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
@@ -465,8 +462,8 @@ class Learner:
                 100 * metrics["reward_failed_fraction"],
             )
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        with self._fence.commit():
-            self._history.add(metrics, rollouts=rollouts)
+        self._fence.require()
+        self._history.add(metrics, rollouts=rollouts)
         self._gauges.set(metrics)
         log.info(
             "step %d  reward %.3f  entropy %.3f  staleness %.1f  wait %.2f s  train %.2f s",

@@ -1,26 +1,25 @@
-"""One learner a run: an epoch that only grows, a lease that says somebody holds it, a lock on the folder.
+"""One learner a run: an epoch that only grows, a lease that says who holds it, a folder that moves.
 
     fence = Fence.acquire(client, "demo", folder)       # refuses while another learner holds the run
     fence.execute(lambda pipeline: pipeline.xack(...))  # in Redis: all, and only under the highest epoch
-    with fence.commit():                                # the same for the run's folder
-        os.replace(partial, target)
+    fence.folder / "checkpoints"                        # on disk: paths that end with this learner's hold
 
 The lease keeps a second learner out while the first is alive; the epoch keeps the first out once a second
-has taken over, however long it slept: what checks it also acts, in one atomic step (WATCH and MULTI in
-Redis, a file lock on the folder), so no clock decides. Only commands of Redis 6.2 are used.
+has taken over, however long it slept. What checks also acts, in one atomic step, so no clock decides: WATCH
+and MULTI in Redis; and on disk all that a learner writes lies under `state-EPOCH`, which its successor
+renames, so that the old paths lead nowhere. Only commands of Redis 6.2 are used.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -50,8 +49,7 @@ class Fence:
     def __init__(self, client: redis.Redis, run: str, folder: Path, owner: bytes) -> None:
         self._client, self._run, self._owner = client, run, owner
         self._epoch_key, self._lease_key = f"aspo:{run}:epoch", f"aspo:{run}:lease"
-        self._lock_file, self._epoch_file = folder / ".lock", folder / "epoch"
-        self._folder_lock, self._folder_depth = threading.RLock(), 0
+        self._run_folder = self.folder = folder
         self._epoch = 0
         self._left = threading.Event()
         self._lost: FencedError | None = None
@@ -67,7 +65,8 @@ class Fence:
         owner = f"{socket.gethostname()}, process {os.getpid()} ({uuid.uuid4().hex[:8]})"
         fence = cls(client, run, folder, owner.encode())
         fence._take_lease()
-        fence.advance()
+        fence._epoch = fence._raise_epoch(max(map(_epoch_of, folder.glob("state-*")), default=0))
+        fence._take_folder()
         fence._thread.start()
         return fence
 
@@ -77,17 +76,17 @@ class Fence:
         return self._epoch
 
     def advance(self) -> int:
-        """Go on under a higher epoch than any before, in Redis and in the folder; returns it."""
-        with self._locked_folder():
-            floor = max(self._epoch, self._epoch_on_disk())
-            self._epoch = self._raise_epoch(floor)
-            partial = self._epoch_file.with_suffix(".partial")
-            partial.write_text(str(self._epoch))
-            os.replace(partial, self._epoch_file)
+        """Go on under a higher epoch than any before; returns it."""
+        self.require()
+        self._epoch = self._raise_epoch(self._epoch)
+        _write(self.folder / "epoch", str(self._epoch))
         return self._epoch
 
     def require(self) -> None:
-        """Raise `FencedError` if the run is known to have been taken over."""
+        """Raise `FencedError` if another learner has taken the run over, as far as is known or to be seen."""
+        if self._lost is None and not self.folder.exists():
+            highest = max(map(_epoch_of, self._run_folder.glob("state-*")), default=0)
+            self._lost = self._refusal(highest) if highest else FencedError(f"{self.folder} was removed")
         if self._lost is not None:
             raise self._lost
 
@@ -112,14 +111,6 @@ class Fence:
                     return replies[1:] if highest < self._epoch else replies
                 except redis.WatchError:
                     continue
-
-    @contextlib.contextmanager
-    def commit(self) -> Iterator[None]:
-        """Change the run's folder in the body; raises `FencedError` before it under a higher epoch."""
-        self.require()
-        with self._locked_folder():
-            self._refuse_below(self._epoch_on_disk())
-            yield
 
     def release(self) -> None:
         """Give the run up, so that the next learner need not wait."""
@@ -170,25 +161,44 @@ class Fence:
 
     def _refuse_below(self, highest: int) -> None:
         if highest > self._epoch:
-            self._lost = FencedError(
-                f"another learner has taken run {self._run!r} over (epoch {highest}, this is {self._epoch}); "
-                "this one stops"
-            )
+            self._lost = self._refusal(highest)
             raise self._lost
 
-    def _epoch_on_disk(self) -> int:
-        try:
-            return int(self._epoch_file.read_text())
-        except FileNotFoundError:
-            return 0
+    def _refusal(self, epoch: int) -> FencedError:
+        return FencedError(
+            f"another learner has taken run {self._run!r} over (epoch {epoch}, this is {self._epoch}); "
+            "this one stops"
+        )
 
-    @contextlib.contextmanager
-    def _locked_folder(self) -> Iterator[None]:
-        with self._folder_lock, contextlib.ExitStack() as stack:
-            if self._folder_depth == 0:
-                fcntl.flock(stack.enter_context(self._lock_file.open("w")), fcntl.LOCK_EX)
-            self._folder_depth += 1
+    def _take_folder(self) -> None:
+        """Rename what the learner before held, or begin; `state` leads people there."""
+        self.folder = self._run_folder / f"state-{self._epoch}"
+        while True:
+            held = sorted(self._run_folder.glob("state-*"), key=_epoch_of)
+            if held and _epoch_of(held[-1]) > self._epoch:
+                raise self._refusal(_epoch_of(held[-1]))
             try:
-                yield
-            finally:
-                self._folder_depth -= 1
+                held[-1].rename(self.folder) if held else self.folder.mkdir()
+                break
+            except (FileNotFoundError, FileExistsError):
+                continue  # another learner was quicker
+        link = self._run_folder / f".state-{self._epoch}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.folder.name)
+        link.replace(self._run_folder / "state")
+        self.require()
+
+
+def _epoch_of(folder: Path) -> int:
+    """The last epoch under which the folder was written."""
+    try:
+        later = int((folder / "epoch").read_text())
+    except (OSError, ValueError):
+        later = 0
+    return max(int(folder.name.partition("-")[2]), later)
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}")
+    partial.write_text(text)
+    partial.replace(path)

@@ -127,7 +127,7 @@ def room_needed(role: Role, config: Config) -> int:
         return max(0, _FETCHED_COPIES * published - _size_of(written))
     # A new checkpoint is written before the oldest is dropped.
     checkpoints = (config.learner.keep_checkpoints + 1) * _CHECKPOINT_BYTES * weights
-    written = [config.run.path / name for name in ("checkpoints", "weights", "model")]
+    written = [config.run.path / name for name in ("state/checkpoints", "state/weights", "model")]
     return max(0, checkpoints + _STORED_COPIES * published - _size_of(written))
 
 

@@ -55,8 +55,6 @@ def test_a_learner_that_overslept_can_change_nothing(
     assert client.get(f"aspo:{run}:x") is None
     with pytest.raises(FencedError):
         overslept.require()
-    with pytest.raises(FencedError), overslept.commit():
-        raise AssertionError("entered")
     with pytest.raises(FencedError):
         overslept.advance()
     overslept.release()
@@ -65,12 +63,16 @@ def test_a_learner_that_overslept_can_change_nothing(
     new.release()
 
 
-def test_the_folder_alone_keeps_it_out_too(
-    overslept: Fence, client: redis.Redis, run: str, tmp_path: Path
-) -> None:
+def test_its_paths_lead_nowhere(overslept: Fence, client: redis.Redis, run: str, tmp_path: Path) -> None:
+    (overslept.folder / "checkpoint").write_text("kept")
+    (partial := overslept.folder / "partial").write_text("late")
     new = Fence.acquire(client, run, tmp_path)
-    with pytest.raises(FencedError), overslept.commit():
-        raise AssertionError("entered")
+    with pytest.raises(FileNotFoundError):
+        partial.replace(overslept.folder / "checkpoint")
+    assert (new.folder / "checkpoint").read_text() == "kept"
+    assert (tmp_path / "state").resolve() == new.folder.resolve()
+    with pytest.raises(FencedError):
+        overslept.require()
     new.release()
 
 
@@ -90,20 +92,33 @@ def test_a_takeover_between_check_and_act_is_seen(
     taken[0].release()
 
 
-def test_nobody_takes_over_while_a_commit_is_under_way(
-    overslept: Fence, client: redis.Redis, run: str, tmp_path: Path
+def test_of_two_that_take_over_at_once_one_holds_the_run(
+    overslept: Fence, client: redis.Redis, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken: list[Fence] = []
-    with overslept.commit():
-        thread = threading.Thread(target=lambda: taken.append(Fence.acquire(client, run, tmp_path)))
+    monkeypatch.setattr(Fence, "_take_lease", lambda self: None)
+    outcomes: list[Fence | FencedError] = []
+
+    def take() -> None:
+        try:
+            outcomes.append(Fence.acquire(client, run, tmp_path))
+        except FencedError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
         thread.start()
-        thread.join(0.3)
-        assert thread.is_alive()
-        with overslept.commit():
-            pass  # within another, as the store's collection is
-    thread.join(5)
-    assert taken[0].epoch == 2
-    taken[0].release()
+    for thread in threads:
+        thread.join(10)
+    assert len(outcomes) == len(threads)
+    fences = [outcome for outcome in outcomes if isinstance(outcome, Fence)]
+    holder = max(fences, key=lambda fence: fence.epoch)
+    assert [path.name for path in tmp_path.glob("state-*")] == [holder.folder.name]
+    holder.require()
+    for fence in fences:
+        fence._left.set()
+        if fence is not holder:
+            with pytest.raises(FencedError):
+                fence.require()
 
 
 def test_the_epoch_outlives_the_loss_of_redis(client: redis.Redis, run: str, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_the_room_is_that_of_the_models_checkpoints(tmp_path: Path) -> None:
     config = write_config(tmp_path, model=model)
     needed = room_needed("learner", config)
     assert needed == weights * (3 * 12 + 3 * 4)
-    written = config.run.path / "checkpoints" / "step-1"
+    written = config.run.path / "state" / "checkpoints" / "step-1"
     written.mkdir(parents=True)
     (written / "model").write_bytes(bytes(1000))
     assert room_needed("learner", config) == needed - 1000, "what a resumed run has written needs no room"

@@ -69,7 +69,7 @@ class Project:
         return {
             "losses": [line["loss"] for line in metrics_of(self.folder, self.run)],
             "weights": blake3((self.runs / "model" / "model.safetensors").read_bytes()).hexdigest(),
-            "plan": (self.runs / "plan.jsonl").read_text(),
+            "plan": (self.runs / "state" / "plan.jsonl").read_text(),
             "rollouts": summary["rollouts"],
             "accuracy_before": summary["accuracy_before"],
         }
@@ -110,7 +110,9 @@ def test_a_learner_killed_at_every_step_trains_as_if_it_had_not_died(
         assert learner.wait(120) == 0, learner.text
     assert project.outcome() == undisturbed
     assert nothing_is_left(client, project.run)
-    epochs = {path.name.split("-")[-2] for path in (project.runs / "weights" / "manifests").iterdir()}
+    epochs = {
+        path.name.split("-")[-2] for path in (project.runs / "state" / "weights" / "manifests").iterdir()
+    }
     assert str(len(FAILPOINTS) + 1) in epochs
 
 

@@ -137,7 +137,7 @@ def test_a_restarted_learner_goes_on_and_the_actor_follows(
     finally:
         learner.kill()
     assert [m["step"] for m in metrics_of(project, "sevens")] == list(range(1, STEPS + 7))
-    store = Service(project, "weights", "verify", "--store", "runs/sevens/weights")
+    store = Service(project, "weights", "verify", "--store", "runs/sevens/state/weights")
     assert store.wait(60) == 0, store.text
     assert f"sevens/3/{STEPS + 6} is live" in store.text, "it went on from the version rolled back to"
 

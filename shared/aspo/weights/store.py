@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,8 +54,7 @@ class Live(msgspec.Struct, frozen=True):
 class WeightStore:
     """Versions on disk; one writer, any number of reading threads.
 
-    `keep` versions stay for download, and with them what `leased` names and the live one. What is there
-    changes inside `commit`, which raises when another process has taken the folder over.
+    `keep` versions stay for download, and with them what `leased` names and the live one.
     """
 
     def __init__(
@@ -66,12 +64,11 @@ class WeightStore:
         keep: int = 8,
         snapshot_every: int = 16,
         leased: Callable[[], Collection[PolicyVersion]] = tuple,
-        commit: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._root, self._keep, self._snapshot_every = root, keep, snapshot_every
-        self._leased, self._commit = leased, commit
-        # Taken in this order: of what is on disk, of the folder among processes, of what is known.
-        self._writing, self._lock = threading.RLock(), threading.RLock()
+        self._leased = leased
+        self._lock = threading.RLock()  # of what is known
+        self._writing = threading.RLock()  # of what is on disk; taken first
         self.left_out: list[str] = []  # damaged files, in words
         self._listeners: list[Callable[[], None]] = []
         self.blobs = BlobStore(root / "blobs")
@@ -209,7 +206,7 @@ class WeightStore:
     def adopt(self, manifest: Manifest, transfers: Collection[Transfer]) -> None:
         """Record a version whose blobs are here, with the transfers that lead to it."""
         version = manifest.policy_version
-        with self._writing, self._commit():
+        with self._writing:
             for transfer in transfers:
                 write_file(self._transfer_file(transfer), transfer.encode())
             write_file(self._file("manifests", version), manifest.encode())
@@ -220,7 +217,7 @@ class WeightStore:
 
     def go_live(self, version: PolicyVersion) -> None:
         """Make a version live unless the store is held."""
-        with self._commit(), self._lock:
+        with self._lock:
             if self.held():
                 return
             self._move(Live(str(version)))
@@ -228,14 +225,14 @@ class WeightStore:
 
     def promote(self, version: PolicyVersion) -> None:
         """Make a version live, and let the later ones follow; raises `WeightsError` if it is not kept."""
-        with self._commit(), self._lock:
+        with self._lock:
             self._require(version)
             self._move(Live(str(version)))
         self._announce()
 
     def roll_back(self, version: PolicyVersion) -> None:
         """Make an older version live and hold the later ones back until one is promoted."""
-        with self._commit(), self._lock:
+        with self._lock:
             self._require(version)
             self._move(Live(str(version), held=True))
         self._announce()
@@ -350,7 +347,7 @@ class WeightStore:
             version = PolicyVersion.parse(str(found[0].base))
 
     def _add_transfer(self, transfer: Transfer) -> None:
-        with self._commit(), self._lock:
+        with self._lock:
             write_file(self._transfer_file(transfer), transfer.encode())
             self._note_transfer(transfer)
 
@@ -370,7 +367,7 @@ class WeightStore:
 
     def collect(self) -> None:
         """Forget versions older than all that somebody may need and the snapshot before them."""
-        with self._writing, self._commit(), self._lock:
+        with self._writing, self._lock:
             ordered = sorted(self._manifests)
             live = self.live()
             wanted = {*ordered[-self._keep :], *(set(self._leased()) & self._manifests.keys())}
