@@ -3,7 +3,9 @@
 A learner process trains a small model for real and publishes deltas of the size that `--delta-bytes` says
 (random bytes: nothing looks into them); its training thread has a core to itself, its HTTP thread and the
 simulated actors share the others. The time of a training step with actors is held against steps without any,
-by turns. With `--relays`, the actors follow relays, and only those the learner.
+by turns. With `--relays`, the actors follow relays, and only those the learner. With `--elsewhere` they
+follow a process that has nothing to do with the training: what the step grows by then is the machine's doing,
+for the actors, and their memory traffic, are on the same one.
 
     aspo bench fanout --json
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
@@ -27,10 +30,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 STEP_SHAPE = (1024, 512)
 STEP_LAYERS = 8
+STEP_S = 1.3
 
 
-def learner(folder: Path, pipe: Connection, delta_bytes: int) -> None:
-    """Train and publish; on a message (steps, publish) answer the seconds of each step."""
+def learner(folder: Path, pipe: Connection, delta_bytes: int, alone: bool = False) -> None:
+    """Train and publish; on a message (steps, publish) answer the seconds of each step.
+
+    `alone` publishes every `STEP_S` seconds and does not train.
+    """
     from prometheus_client import CollectorRegistry
 
     from aspo.config import AuthConfig
@@ -46,8 +53,12 @@ def learner(folder: Path, pipe: Connection, delta_bytes: int) -> None:
     app.include_router(blob_routes(store.blobs))
     training_core = leave_a_core()  # inherited by the HTTP thread
     with Server(app, listen("127.0.0.1", 0, auth)) as server:
-        os.sched_setaffinity(0, {training_core})  # this thread: the training
+        if not alone:
+            os.sched_setaffinity(0, {training_core})  # this thread: the training
         pipe.send(server.url)
+        for number in itertools.count() if alone else ():
+            publish_random(store, number, delta_bytes)
+            time.sleep(STEP_S)
         serve_steps(pipe, store, delta_bytes, leases)
 
 
@@ -165,10 +176,16 @@ def start(target: Any, *arguments: Any) -> tuple[Any, Connection]:
     return process, mine
 
 
-def measure(folder: Path, counts: list[int], relays: int, rounds: int, steps: int, size: int) -> list[Any]:
-    process, pipe = start(learner_last, folder / "learner", size)
+def measure(
+    folder: Path, counts: list[int], relays: int, elsewhere: bool, rounds: int, steps: int, size: int
+) -> list[Any]:
+    process, pipe = start(learner_last, folder / "learner", size, False)
     url, helpers, urls = pipe.recv(), [], []
     try:
+        if elsewhere:
+            helper, channel = start(learner_last, folder / "elsewhere", size, True)
+            helpers.append(helper)
+            urls.append(channel.recv())
         for number in range(relays):
             helper, channel = start(relay, url, folder / f"relay-{number}")
             helpers.append(helper)
@@ -179,8 +196,8 @@ def measure(folder: Path, counts: list[int], relays: int, rounds: int, steps: in
             helper.kill()
 
 
-def learner_last(folder: Path, delta_bytes: int, pipe: Connection) -> None:
-    learner(folder, pipe, delta_bytes)
+def learner_last(folder: Path, delta_bytes: int, alone: bool, pipe: Connection) -> None:
+    learner(folder, pipe, delta_bytes, alone)
 
 
 def one_count(pipe: Connection, urls: list[str], count: int, rounds: int, steps: int) -> dict[str, Any]:
@@ -212,6 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 10, 100, 200, 1000])
     parser.add_argument("--relays", type=int, default=0)
+    parser.add_argument("--elsewhere", action="store_true", help="have the actors follow another process")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--delta-bytes", type=int, default=650_000)
@@ -221,6 +239,7 @@ def main() -> None:
             Path(scratch),
             options.actors,
             options.relays,
+            options.elsewhere,
             options.rounds,
             options.steps,
             options.delta_bytes,

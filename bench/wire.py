@@ -25,6 +25,13 @@ import numpy as np
 SAMPLES, TOKENS = 8, 1024
 GROUPS = 256
 AT_ONCE = 64
+ARRAYS = {
+    "prompt_ids": np.int32,
+    "lengths": np.int32,
+    "token_ids": np.int32,
+    "behavior_logprobs": np.float32,
+    "rewards": np.float32,
+}
 
 
 def make_group(seed: int) -> Any:
@@ -83,20 +90,26 @@ def ours(client: Any, folder: Path, payloads: list[bytes], number: int) -> tuple
     return moved - began, acknowledged - moved
 
 
+def to_pickled_lists(group: Any) -> bytes:
+    """The peer: a group as most loops send it, a pickled dict of lists."""
+    fields = {name: getattr(group, name) for name in ARRAYS}
+    return pickle.dumps({"uid": group.uid} | {name: array.tolist() for name, array in fields.items()})
+
+
+def from_pickled_lists(payload: bytes) -> dict[str, Any]:
+    """Arrays again, which is what a learner needs."""
+    found = pickle.loads(payload)  # noqa: S301 - its own data
+    return {name: np.asarray(found[name], dtype=dtype) for name, dtype in ARRAYS.items()}
+
+
 def codecs(rounds: int) -> dict[str, float]:
-    """Microseconds a group for encoding and decoding, ours against pickled lists."""
+    """Microseconds a group for encoding and decoding, ours against pickled lists; from arrays to arrays."""
     from aspo.codec import decode_group, encode_group
 
     group = make_group(0)
-    lists = {
-        "uid": group.uid,
-        "token_ids": group.token_ids.tolist(),
-        "behavior_logprobs": group.behavior_logprobs.tolist(),
-        "rewards": group.rewards.tolist(),
-    }
     pair: dict[str, Callable[[], Any]] = {
         "codec": lambda: decode_group(encode_group(group)),
-        "pickled_lists": lambda: pickle.loads(pickle.dumps(lists)),  # noqa: S301 - the peer; its own data
+        "pickled_lists": lambda: from_pickled_lists(to_pickled_lists(group)),
     }
     taken: dict[str, list[float]] = {name: [] for name in pair}
     for _ in range(rounds * 20):
