@@ -300,6 +300,7 @@ class Learner:
         planned = {index for step in steps for index in self._journal.planned(step) or ()}
         if not planned:
             return
+        self._dispatcher.cursor = max(self._dispatcher.cursor, max(planned) + 1)  # Redis may have forgotten
         if planned <= self._intake.held:
             log.info("training steps %d to %d again, from the same rollouts", steps[0], steps[-1])
             self._branch_off(steps[-1])
