@@ -22,7 +22,7 @@ import torch
 from aspo.config import Config, ConfigError
 from aspo.failpoints import reach
 from aspo.fence import Fence
-from aspo.http import Server, listen
+from aspo.http import Server, listen, listen_for_probes
 from aspo.presence import ActorStatus, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import FloatArray, PolicyVersion, RolloutGroup
@@ -59,6 +59,7 @@ class Learner:
         self._redis = connect(config.redis.location, retries=OUTAGE_S)
         self._status_redis = connect(config.redis.location)  # the HTTP thread must not wait out an outage
         self._listener = listen(config.learner.host, config.learner.port, config.auth)
+        self._probes = listen_for_probes(config.learner.host, config.learner.probe_port, config.auth)
         self._tls = server_context(config.learner.tls_cert, config.learner.tls_key)
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
@@ -95,7 +96,7 @@ class Learner:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
         app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
-        with Server(app, self._listener, self._tls) as server:
+        with Server(app, self._listener, self._tls, probes=self._probes) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
             while self._intake.pump(self._current, 0.0):
                 pass  # what a former learner left unacknowledged

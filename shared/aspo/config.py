@@ -219,6 +219,9 @@ class LearnerConfig(Section):
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8000, description="Port to serve on; 0 picks a free one.")
+    probe_port: Port | None = Field(
+        None, description="Port for /livez, /readyz and /metrics alone, which no other request holds up."
+    )
     tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
     tls_key: Path | None = Field(None, description="Its key.")
 
@@ -278,6 +281,9 @@ class ActorConfig(Section):
     )
     host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8001, description="Port to serve on; 0 picks a free one.")
+    probe_port: Port | None = Field(
+        None, description="Port for /livez, /readyz and /metrics alone, which no other request holds up."
+    )
     tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
     tls_key: Path | None = Field(None, description="Its key.")
     tls_ca: Path | None = Field(None, description="CA of the learner and other actors; unset: the system's.")

@@ -9,13 +9,15 @@
         print(server.url)
 
 Probes and metrics are public; every other route names a scope. Without tokens only loopback addresses are
-served.
+served. `Server(..., probes=listen(...))` serves the probes on a port of their own as well, in a thread that
+no other request can hold up.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import hmac
 import ipaddress
 import logging
@@ -27,17 +29,22 @@ from types import TracebackType
 from typing import Any, Self
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 from aspo.config import AuthConfig
 from aspo.errors import AspoError
+from aspo.limits import MAX_BODY, BoundedProtocol, Limits, Pace
 
+_CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_LIMITS = Limits()
 _BEARER = {"type": "http", "scheme": "bearer", "description": "A token of the route's scope"}
 
 
@@ -91,14 +98,31 @@ def create_app(
     name: str, *, auth: AuthConfig, ready: Callable[[], str | None], registry: CollectorRegistry
 ) -> FastAPI:
     """Make the FastAPI app with probes, `/metrics` and error answers; `ready` returns why not, or None."""
-    app = FastAPI(title=f"ASPO {name}", version="1", responses={"default": {"model": ErrorBody}})
+    app = FastAPI(
+        title=f"ASPO {name}",
+        version="1",
+        responses={"default": {"model": ErrorBody}},
+        openapi_url=None,  # its routes and its pages are public; `_describe` adds one that is not
+    )
+    app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)
     app.state.auth = auth
     app.state.closing = asyncio.Event()  # set when the server is told to stop: long-polls answer then
+    app.state.refusals = Pace(rate=50, wait_s=1.0)
+    app.state.probes = FastAPI(openapi_url=None)  # for a port of their own
+    app.state.probes.state.closing = asyncio.Event()
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_bad_request)
     app.add_exception_handler(Exception, _on_fault)
+    _describe(app)
+    app.include_router(_probe_routes(ready, registry))
+    app.state.probes.include_router(_probe_routes(ready, registry))
+    return app
 
+
+def _describe(app: FastAPI) -> None:
+    """Add the OpenAPI document and its page, for readers."""
     described = app.openapi
+    reader = [require(Scope.READER)]
 
     def openapi() -> dict[str, Any]:
         schema = described()
@@ -107,23 +131,37 @@ def create_app(
 
     app.openapi = openapi  # type: ignore[method-assign]
 
-    @app.get("/livez", response_class=PlainTextResponse, tags=["probes"])
+    @app.get("/openapi.json", dependencies=reader, include_in_schema=False)
+    def document() -> JSONResponse:
+        return JSONResponse(app.openapi())
+
+    @app.get("/docs", dependencies=reader, include_in_schema=False)
+    def docs() -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url="openapi.json", title=app.title)
+
+
+def _probe_routes(ready: Callable[[], str | None], registry: CollectorRegistry) -> APIRouter:
+    """Make the routes that anybody may call, paced among themselves."""
+    pace = Pace(rate=100, wait_s=0.5)
+    router = APIRouter(tags=["probes"], dependencies=[Depends(pace.turn)])
+
+    @router.get("/livez", response_class=PlainTextResponse)
     async def livez() -> str:
         """Say that the process answers."""
         return "ok"
 
-    @app.get("/readyz", tags=["probes"])
+    @router.get("/readyz", response_class=PlainTextResponse)
     def readyz() -> Response:
         """Say whether the service can do its work now, and if not why."""
         reason = ready()
         return PlainTextResponse(reason or "ok", status_code=503 if reason else 200)
 
-    @app.get("/metrics", tags=["probes"])
+    @router.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
-    return app
+    return router
 
 
 def require(scope: Scope) -> Any:
@@ -159,17 +197,16 @@ def blob_ticket(token: str, digest: str) -> str:
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
-    code = (
-        error.code
-        if isinstance(error, ApiError)
-        else {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "error")
-    )
+    if not isinstance(error, ApiError) or error.status_code in (401, 403):
+        await request.app.state.refusals.turn()
+    code = error.code if isinstance(error, ApiError) else _CODES.get(error.status_code, "error")
     hint = error.hint if isinstance(error, ApiError) else "see /docs for the routes"
     return _error(error.status_code, code, str(error.detail), hint)
 
 
 async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    await request.app.state.refusals.turn()  # a body is parsed before a token is asked for
     first = error.errors()[0]
     return _error(422, "bad_request", f"{'.'.join(map(str, first['loc']))}: {first['msg']}", "see /docs")
 
@@ -204,6 +241,11 @@ def listen(host: str, port: int, auth: AuthConfig) -> socket.socket:
     return listener
 
 
+def listen_for_probes(host: str, port: int | None, auth: AuthConfig) -> socket.socket | None:
+    """Bind the socket for the probes' own port, where there is to be one; raises as `listen` does."""
+    return None if port is None else listen(host, port, auth)
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -217,16 +259,31 @@ def reachable(url: str) -> str | None:
 
 
 class Server:
-    """uvicorn in a thread of its own, so that the caller's thread can train; use as a context manager."""
+    """uvicorn in a thread of its own, so that the caller's thread can train; use as a context manager.
 
-    def __init__(self, app: FastAPI, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+    `probes` is a bound socket on which the app's probes alone are served too, in one more thread.
+    """
+
+    def __init__(
+        self,
+        app: FastAPI,
+        listener: socket.socket,
+        tls: ssl.SSLContext | None = None,
+        *,
+        probes: socket.socket | None = None,
+        limits: Limits = _LIMITS,
+    ) -> None:
         self._app, self._listener, self._tls = app, listener, tls
+        self._probes = Server(app.state.probes, probes, tls) if probes else None
         self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
             app,
-            log_level="warning",
+            http=functools.partial(BoundedProtocol, limits=limits),  # type: ignore[arg-type]
+            ws="none",
+            log_config=None,  # log lines are ours to escape
             access_log=False,
-            timeout_keep_alive=30,
+            proxy_headers=False,
+            timeout_keep_alive=limits.idle_s,  # type: ignore[arg-type]
             timeout_graceful_shutdown=2,
             ssl_context_factory=(lambda _config, _default: tls) if tls else None,
         )
@@ -239,22 +296,34 @@ class Server:
         return url_of(self._listener, "https" if self._tls else "http")
 
     def _run(self) -> None:
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        # What strangers can bring about at will is not logged.
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        logging.getLogger("uvicorn.error").addFilter(_tells_of_no_hangup)
         with asyncio.Runner(loop_factory=self._server.config.get_loop_factory()) as runner:
             self._loop = runner.get_loop()
             runner.run(self._server.serve(sockets=[self._listener]))
 
     def __enter__(self) -> Self:
         self._thread.start()
+        if self._probes:
+            self._probes.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._probes:
+            self._probes.__exit__(kind, error, trace)
         self._server.should_exit = True
         if self._loop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._app.state.closing.set)
         self._thread.join(timeout=10)
+
+
+def _tells_of_no_hangup(record: logging.LogRecord) -> bool:
+    """Leave out uvloop's complaint that a client has gone before it was answered."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, RuntimeError) and "the handler is closed" in str(error))
 
 
 def url_of(listener: socket.socket, scheme: str = "http") -> str:
