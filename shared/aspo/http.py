@@ -24,7 +24,7 @@ import logging
 import socket
 import ssl
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -45,6 +45,7 @@ from aspo.limits import MAX_BODY, BoundedProtocol, Limits, Pace
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 _LIMITS = Limits()
+_PUBLIC: dict[str, Any] = {"security": []}
 _BEARER = {"type": "http", "scheme": "bearer", "description": "A token of the route's scope"}
 
 
@@ -145,18 +146,18 @@ def _probe_routes(ready: Callable[[], str | None], registry: CollectorRegistry) 
     pace = Pace(rate=100, wait_s=0.5)
     router = APIRouter(tags=["probes"], dependencies=[Depends(pace.turn)])
 
-    @router.get("/livez", response_class=PlainTextResponse)
+    @router.get("/livez", response_class=PlainTextResponse, openapi_extra=_PUBLIC)
     async def livez() -> str:
         """Say that the process answers."""
         return "ok"
 
-    @router.get("/readyz", response_class=PlainTextResponse)
+    @router.get("/readyz", response_class=PlainTextResponse, openapi_extra=_PUBLIC)
     def readyz() -> Response:
         """Say whether the service can do its work now, and if not why."""
         reason = ready()
         return PlainTextResponse(reason or "ok", status_code=503 if reason else 200)
 
-    @router.get("/metrics", response_class=PlainTextResponse)
+    @router.get("/metrics", response_class=PlainTextResponse, openapi_extra=_PUBLIC)
     def metrics() -> Response:
         """Prometheus metrics."""
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
@@ -201,7 +202,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
         await request.app.state.refusals.turn()
     code = error.code if isinstance(error, ApiError) else _CODES.get(error.status_code, "error")
     hint = error.hint if isinstance(error, ApiError) else "see /docs for the routes"
-    return _error(error.status_code, code, str(error.detail), hint)
+    return _error(error.status_code, code, str(error.detail), hint, error.headers)
 
 
 async def _on_bad_request(request: Request, error: Exception) -> JSONResponse:
@@ -215,9 +216,12 @@ async def _on_fault(request: Request, error: Exception) -> JSONResponse:
     return _error(500, "internal", f"{type(error).__name__} in {request.url.path}", "see the service's log")
 
 
-def _error(status: int, code: str, message: str, hint: str) -> JSONResponse:
+def _error(
+    status: int, code: str, message: str, hint: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     body = ErrorBody(error=ErrorDetail(code=code, message=message, hint=hint))
-    return JSONResponse(body.model_dump(), status_code=status)
+    challenge = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    return JSONResponse(body.model_dump(), status_code=status, headers={**(headers or {}), **challenge})
 
 
 def listen(host: str, port: int, auth: AuthConfig) -> socket.socket:
