@@ -32,6 +32,7 @@ ENV_PREFIX = "ASPO_"
 ENV_DELIMITER = "__"
 MAX_GROUP_TOKENS = 2**22  # of one rollout group; what the codec carries
 TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the services
+_SECRET_SECTIONS = {"auth", "redis"}  # whose values are never shown
 _OTHER_VARIABLES = {TOKEN_VARIABLE, failpoints.VARIABLE}
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -304,13 +305,53 @@ class ActorConfig(Section):
 
 
 class AuthConfig(Section):
-    """Bearer tokens by scope; with none set, only loopback addresses may be served."""
+    """Bearer tokens by scope; with none set, only loopback addresses may be served.
+
+    A token may be kept in a file, as container platforms hand out secrets; it is read once, at the start.
+    """
 
     reader_token: SecretStr | None = Field(None, min_length=1, description="GET /v1/status and friends.")
     actor_token: SecretStr | None = Field(None, min_length=1, description="Weight routes; also reads.")
     operator_token: SecretStr | None = Field(
         None, min_length=1, description="Everything, the changing routes included."
     )
+    reader_token_file: Path | None = Field(None, description="File that holds reader_token.")
+    actor_token_file: Path | None = Field(None, description="File that holds actor_token.")
+    operator_token_file: Path | None = Field(None, description="File that holds operator_token.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_files(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        read = dict(given)
+        for name in ("reader_token", "actor_token", "operator_token"):
+            path = read.pop(f"{name}_file", None)
+            if path is None:
+                continue
+            if read.get(name) is not None:
+                raise ValueError(f"auth.{name} and auth.{name}_file are both set; keep one")
+            read[name] = _read_token(f"auth.{name}_file", path)
+        return read
+
+    @property
+    def tokens(self) -> dict[str, str]:
+        """The tokens that are set, by the name of their scope."""
+        found = {"reader": self.reader_token, "actor": self.actor_token, "operator": self.operator_token}
+        return {scope: token.get_secret_value() for scope, token in found.items() if token is not None}
+
+
+def _read_token(setting: str, path: Any) -> str:
+    try:
+        token = Path(path).read_text().strip()
+    except (OSError, TypeError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no text file"
+        raise ValueError(
+            f"{setting}: cannot read {path} ({reason}); name a file that holds a token"
+        ) from None
+    if not token:
+        raise ValueError(f"{setting}: {path} is empty; put a token in it")
+    return token
 
 
 class Config(BaseSettings):
@@ -397,7 +438,8 @@ def describe_validation_error(error: ValidationError) -> str:
         elif detail["type"] == "value_error":
             faults.append(detail["msg"].removeprefix("Value error, "))
         else:
-            faults.append(f"'{key}': {detail['msg']} (got {detail['input']!r})")
+            secret = detail["loc"][0] in _SECRET_SECTIONS
+            faults.append(f"'{key}': {detail['msg']}" + ("" if secret else f" (got {detail['input']!r})"))
     return "; ".join(faults)
 
 
@@ -428,7 +470,7 @@ def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"--set {text!r}: '{parent}' is already a value")
+                raise ConfigError(f"--set {key}: '{parent}' is already a value")
         node[leaf] = value
     return tree
 

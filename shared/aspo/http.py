@@ -172,12 +172,12 @@ def require(scope: Scope) -> Any:
     # FastAPI's resolver, for each of a thousand actors' requests.
     async def check(request: Request) -> None:
         auth: AuthConfig = request.app.state.auth
-        tokens = {Scope(name.removesuffix("_token")): token for name, token in auth if token is not None}
+        tokens = auth.tokens
         if not tokens:
             return  # `Server` has made sure that only loopback addresses are served
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
-        accepted = [token.get_secret_value() for s in _GRANTED[scope] if (token := tokens.get(s))]
+        accepted = [tokens[s.value] for s in _GRANTED[scope] if s.value in tokens]
         if scope is Scope.BLOB:
             accepted += [blob_ticket(token, request.path_params["digest"]) for token in accepted]
         if not given or not any(hmac.compare_digest(given.encode(), token.encode()) for token in accepted):
@@ -226,7 +226,7 @@ def _error(
 
 def listen(host: str, port: int, auth: AuthConfig) -> socket.socket:
     """Bind a TCP socket; raises `ServeError` for a port in use, or a public address without tokens."""
-    if not _is_loopback(host) and not any(token for _, token in auth):
+    if not _is_loopback(host) and not auth.tokens:
         raise ServeError(
             f"refusing to serve on {host} without tokens; set auth.reader_token, auth.actor_token and "
             "auth.operator_token, or serve on 127.0.0.1"

@@ -81,3 +81,48 @@ def test_settings_are_frozen_and_tokens_do_not_show(config_file: Path) -> None:
     assert "hunter2" not in repr(config)
     with pytest.raises(ValueError, match="frozen"):
         config.learner.steps = 3  # type: ignore[misc]
+
+
+def test_tokens_are_read_from_files(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("  hunter2\n")
+    monkeypatch.setenv("ASPO_AUTH__ACTOR_TOKEN_FILE", str(tmp_path / "token"))
+    config = load_config(config_file, ["auth.operator_token=other"])
+    assert config.auth.tokens == {"actor": "hunter2", "operator": "other"}
+    assert "hunter2" not in repr(config)
+    assert "hunter2" not in config.model_dump_json()
+
+
+def test_a_token_file_that_holds_no_token_is_named(config_file: Path, tmp_path: Path) -> None:
+    for name, content in (("empty", b" \n"), ("binary", b"\xff\xfe"), ("token", b"hunter2")):
+        (tmp_path / name).write_bytes(content)
+    file = f"auth.actor_token_file={tmp_path}"
+    for overrides, words in (
+        ([f"{file}/none"], r"auth\.actor_token_file: cannot read .*none \(No such file"),
+        ([file], r"auth\.actor_token_file: cannot read .*Is a directory"),
+        ([f"{file}/empty"], "empty is empty; put a token in it"),
+        ([f"{file}/binary"], "it is no text file"),
+        (["auth.actor_token_file=3"], r"auth\.actor_token_file: cannot read 3"),
+        ([f"{file}/token", "auth.actor_token=hunter2"], "are both set; keep one"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_config(config_file, overrides)
+        assert "\n" not in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["auth=8675309"],
+        ["auth.actor_token=8675309"],
+        ["auth.actor_token=a8675309", "auth.actor_token.x=8675309"],
+        ["redis=8675309"],
+        ["redis.url=8675309"],
+    ],
+)
+def test_an_error_shows_no_secret(config_file: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, overrides)
+    assert "8675309" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Both services' routes over real sockets: nothing but probes without a token, errors of one shape."""
+"""All services' routes over real sockets: nothing but probes without a token, errors of one shape."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import json
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -18,11 +17,12 @@ from pydantic import SecretStr
 import aspo_actor.app
 import aspo_learner.app
 from aspo.config import AuthConfig, CanaryConfig
-from aspo.http import ServeError, Server, listen
+from aspo.http import Scope, ServeError, Server, listen
 from aspo.presence import ActorStatus
 from aspo.telemetry import ACTOR_METRICS, LEARNER_METRICS, Gauges
 from aspo.weights.blobs import BlobStore
 from aspo.weights.leases import Leases
+from aspo.weights.relay import Relay
 from aspo.weights.store import WeightStore
 from aspo_learner.releases import Releases
 from versions import FILES, tensors, version
@@ -58,19 +58,30 @@ class StubActor:
     def start_drain(self) -> None: ...
 
 
-@pytest.fixture(params=["learner", "actor"])
-def app(request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
-    if request.param == "actor":
-        return aspo_actor.app.build_app(
-            StubActor(), BlobStore(tmp_path), Gauges("actor", ACTOR_METRICS), AUTH
-        )
-    return learner_app(StubLearner(), WeightStore(tmp_path))
-
-
 def learner_app(learner: StubLearner, store: WeightStore) -> FastAPI:
     gauges, leases = Gauges("learner", LEARNER_METRICS), Leases()
     learner.releases = Releases(store, leases, CanaryConfig())
     return aspo_learner.app.build_app(learner, store, leases, gauges, AUTH)
+
+
+def relay_app(folder: Path) -> FastAPI:
+    relay = Relay("http://127.0.0.1:1", folder, AUTH, host="127.0.0.1", port=0)
+    relay.listener.close()
+    return relay.app
+
+
+APPS: dict[str, Callable[[Path], FastAPI]] = {
+    "learner": lambda folder: learner_app(StubLearner(), WeightStore(folder)),
+    "actor": lambda folder: aspo_actor.app.build_app(
+        StubActor(), BlobStore(folder), Gauges("actor", ACTOR_METRICS), AUTH
+    ),
+    "relay": relay_app,
+}
+
+
+@pytest.fixture(params=["learner", "actor"])
+def app(request: pytest.FixtureRequest, tmp_path: Path) -> FastAPI:
+    return APPS[request.param](tmp_path)
 
 
 @pytest.fixture
@@ -91,26 +102,54 @@ def call(url: str, method: str = "GET", token: str | None = None, body: object =
         return error.code, error.read().decode()
 
 
-def test_every_route_but_the_probes_wants_a_token(app: FastAPI, url: str) -> None:
-    paths: dict[str, Any] = app.openapi()["paths"]
-    routes = [(path, method.upper()) for path, methods in paths.items() for method in methods]
-    assert len(routes) > 4
-    for path, method in routes:
-        for token in (None, "", "wrong"):
-            status, body = call(url + path, method, token)
+def routes_of(app: FastAPI) -> list[tuple[str, str]]:
+    """Every (method, path) that the app answers, in its document or not."""
+    routes = [route for route in app.routes if isinstance(route, APIRoute)]
+    assert len(routes) == len(app.routes)  # no mount and no page that FastAPI adds by itself
+    return [(method, route.path) for route in routes for method in route.methods]
+
+
+def least_scope(method: str, path: str) -> Scope:
+    """The least of the scopes that may call a route; what is not listed is for operators alone."""
+    if path in ("/v1/status", "/v1/weights", "/docs", "/openapi.json"):
+        return Scope.READER
+    if path.endswith("/report") or (method == "GET" and path.startswith(("/v1/weights/", "/v1/blobs/"))):
+        return Scope.ACTOR
+    return Scope.OPERATOR
+
+
+@pytest.mark.parametrize("service", ["learner", "actor", "relay"])
+def test_every_route_but_the_probes_wants_a_token_of_its_scope(service: str, tmp_path: Path) -> None:
+    app = APPS[service](tmp_path)
+    ranks = {"reader": 0, "actor": 1, "operator": 2}
+    with Server(app, listen("127.0.0.1", 0, AUTH)) as server:
+        routes = routes_of(app)
+        assert {path for _, path in routes} > PUBLIC
+        for method, path in routes:
             if path in PUBLIC:
-                assert status in (200, 503)
-            else:
-                assert status in (401, 403), path
+                assert call(server.url + path, method)[0] in (200, 503)
+                continue
+            scope = least_scope(method, path)
+            refused = {None: 401, "": 401, "wrong": 403}
+            refused |= {name: 403 for name, rank in ranks.items() if rank < ranks[scope.value]}
+            for token, expected in refused.items():
+                status, body = call(server.url + path, method, token)
+                assert status == expected, (method, path, token)
                 assert json.loads(body)["error"]["hint"]
+            for name in ranks.keys() - refused.keys():  # what follows the check may fail, the check not
+                assert call(server.url + path, method, name)[0] not in (401, 403), (method, path, name)
 
 
-def test_changing_routes_want_the_operator(app: FastAPI, url: str) -> None:
-    for route in app.routes:
-        if isinstance(route, APIRoute) and "POST" in route.methods:
-            # An actor reports on its trials; all else that changes something is an operator's.
-            for token in ("reader",) if route.path.endswith("/report") else ("reader", "actor"):
-                assert call(url + route.path, "POST", token)[0] == 403
+def test_an_unauthorised_answer_says_how_to_ask_and_another_method_which(app: FastAPI, url: str) -> None:
+    for method, status, header, value in (
+        ("GET", 401, "www-authenticate", "Bearer"),
+        ("DELETE", 405, "allow", "GET"),
+    ):
+        request = urllib.request.Request(f"{url}/v1/status", method=method)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=10)
+        with caught.value as answer:
+            assert (answer.code, answer.headers[header]) == (status, value)
 
 
 def test_probes_and_errors_mean_what_they_say(app: FastAPI, url: str) -> None:

@@ -50,17 +50,17 @@ class Relay:
         self._store = WeightStore(folder, leased=self._leases.versions)
         self._since_refresh = 0
         self._reason: str | None = "nothing fetched yet"
+        self.app = create_app("relay", auth=auth, ready=lambda: self._reason, registry=CollectorRegistry())
+        self.app.include_router(weight_routes(self._store, self._leases))
+        self.app.include_router(blob_routes(self._store.blobs))
 
     async def run(self) -> None:
         """Serve and follow until told to stop."""
         stop = asyncio.Event()
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-        app = create_app("relay", auth=self._auth, ready=lambda: self._reason, registry=CollectorRegistry())
-        app.include_router(weight_routes(self._store, self._leases))
-        app.include_router(blob_routes(self._store.blobs))
         token = self._auth.actor_token.get_secret_value() if self._auth.actor_token else None
-        with Server(app, self.listener) as server:
+        with Server(self.app, self.listener) as server:
             log.info("relay of %s serves on %s", self._url, server.url)
             name = f"relay-{socket.gethostname()}-{self.listener.getsockname()[1]}"
             serves = self._advertised or reachable(server.url)
