@@ -10,10 +10,12 @@ from typing import Annotated, Literal
 import typer
 
 from aspo.errors import AspoError
+from aspo.text import printable
 from aspo_cli import quarantine, weights
 from aspo_cli.options import DEFAULT_LEARNER, ConfigPath, Json, LearnerUrl, Overrides, Token
 
 INTERRUPTED = 130
+_MAX_ERROR = 4000
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=True,
@@ -145,7 +147,7 @@ def run() -> None:
     try:
         app()
     except AspoError as error:
-        print(f"aspo: error: {error}", file=sys.stderr)
+        print(f"aspo: error: {printable(str(error), _MAX_ERROR)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aspo.text import printable
 from aspo_cli.ask import LearnerUnreachable, ask
 
 REFRESH_S = 1.0
@@ -92,9 +93,9 @@ def _actor_table(actors: list[Status]) -> Table | Text:
         table.add_column(name, justify="right", no_wrap=True)
     for actor in actors:
         table.add_row(
-            Text(actor["id"]),
-            Text(_short(actor["state"])),
-            _short(actor["version"]) or "-",
+            Text(printable(actor["id"])),
+            Text(printable(_short(actor["state"]))),
+            Text(printable(_short(actor["version"])) or "-"),
             f"{actor['tokens_per_second']:,.0f}",
             f"{actor['groups']:,}",
             str(actor["groups_in_flight"]),

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from aspo.text import printable
 from aspo_cli.ask import ask
 from aspo_cli.options import DEFAULT_LEARNER, Json, LearnerUrl, Token
 
@@ -124,7 +125,7 @@ def versions_table(found: dict[str, Any]) -> Table:
             "live" if version["live"] else "",
             "-" if fraction is None else f"{fraction:.2%}",
             ", ".join(f"{_short(base)} {_bytes(size)}" for base, size in version["transfers"].items()),
-            escape(_some(version["running"])),
+            escape(printable(_some(version["running"]))),
         )
     return table
 

@@ -25,11 +25,11 @@ import redis
 from aspo.codec import HEADER_BYTES, CodecError, decode_group
 from aspo.errors import AspoError
 from aspo.queue import REQUEUED, rollout_keys
+from aspo.text import MAX_TEXT, printable
 
 _PAGE = 4  # entries fetched at once: each may be as large as a rollout group
 _SAMPLE = 16  # values shown of an array, and bytes of what is none
 _FIELDS = 32
-_TEXT = 500
 _ARRAYS = {
     "prompt_ids": "<i4",
     "lengths": "<i4",
@@ -39,7 +39,7 @@ _ARRAYS = {
     "failed": "?",
 }
 _REPR = reprlib.Repr()
-_REPR.maxother = _REPR.maxstring = _TEXT
+_REPR.maxother = _REPR.maxstring = MAX_TEXT
 
 
 class QuarantineError(AspoError):
@@ -137,12 +137,6 @@ def describe(payload: bytes) -> dict[str, Any]:
     except CodecError as error:
         fault = printable(f"{error.code}: {error}")
     return {"fault": fault, "begins_with": payload[:_SAMPLE].hex(" "), "fields": _fields(payload)}
-
-
-def printable(text: str, limit: int = _TEXT) -> str:
-    """Cut a stranger's text and escape whatever could move a cursor, hide or reorder what is read."""
-    cut = text if len(text) <= limit else f"{text[:limit]}…"
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 def _entry(entry_id: bytes, fields: dict[bytes, bytes]) -> Entry:

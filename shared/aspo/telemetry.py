@@ -5,9 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge
 from rich.logging import RichHandler
+
+from aspo.text import printable
+
+_MAX_LINE = 4000
 
 LEARNER_METRICS = {
     "step": "Rollout batches trained on",
@@ -107,6 +112,20 @@ class Gauges:
             self._gauges[name].set(value)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Escapes control characters, so that no name, reason or answer from outside can forge a line.
+
+    Only a traceback has several lines, all of them indented.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return printable(super().formatMessage(record), _MAX_LINE)
+
+    def formatException(self, info: Any) -> str:
+        lines = super().formatException(info).split("\n")
+        return "\n".join(f"  {printable(line, _MAX_LINE)}" for line in lines)
+
+
 def setup_logging() -> None:
     """Log to standard error: coloured on a terminal, one plain line each elsewhere."""
     handler: logging.Handler
@@ -114,10 +133,10 @@ def setup_logging() -> None:
         from rich.console import Console
 
         handler = RichHandler(console=Console(stderr=True), show_path=False, markup=False)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(PrintableFormatter("%(message)s"))
     else:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     for noisy in ("httpx", "vllm", "datasets", "filelock", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

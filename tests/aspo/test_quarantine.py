@@ -12,8 +12,9 @@ import pytest
 import redis
 
 from aspo.codec import encode_group
-from aspo.quarantine import Quarantine, QuarantineError, describe, printable
+from aspo.quarantine import Quarantine, QuarantineError, describe
 from aspo.queue import Delivery, RolloutReader
+from aspo.text import printable
 from aspo_learner.policy import load_model
 from models import save_model
 from rollouts import make_group, write_config
