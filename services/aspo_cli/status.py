@@ -33,7 +33,7 @@ def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> N
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     status = fetch_status(url, token)
     if as_json:
-        console.print_json(data=status)
+        console.print_json(data=status, ensure_ascii=True)  # strangers wrote some of it
         return
     if not watch:
         console.print(render(status))

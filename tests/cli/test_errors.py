@@ -55,6 +55,8 @@ def busy_port() -> Iterator[int]:
         ),
         ("actor", "reward.function=aspo_actor.rewards:nope", "has no 'nope'"),
         ("actor", "redis.url=redis://127.0.0.1:1/0", "start redis-server or set redis.url"),
+        ("learner", "learner.probe_port={busy}", "Address already in use); choose another port"),
+        ("actor", "actor.host=0.0.0.0", "refusing to serve on 0.0.0.0 without tokens"),
         ("actor", "actor.port={busy}", "Address already in use); choose another port"),
     ],
 )
@@ -94,6 +96,7 @@ def test_no_config_and_no_learner_are_said_plainly(tmp_path: Path) -> None:
         (["weights", "show", "demo 1é", "--learner", "http://127.0.0.1:1"], "no learner answers"),
         (["weights", "pull", "model"], "model exists; name a folder that does not"),
         (["weights", "verify", "--store", "nowhere"], "nowhere is not a store of weights"),
+        (["relay", "relay", "--host", "0.0.0.0"], "refusing to serve on 0.0.0.0 without tokens"),
         (["relay", "good.jsonl"], "cannot keep weights in good.jsonl"),
     ],
 )
