@@ -15,12 +15,13 @@ from services import Service
 
 
 @pytest.fixture
-def project(tmp_path: Path, redis_url: str) -> Path:
+def project(tmp_path: Path, redis_url: str, run: str) -> Path:
     save_model(tmp_path / "model", hidden_size=32, layers=1)
     rows = [{"prompt": "1+1=", "answer": "2"}, {"prompt": "1" * 600, "answer": "2"}]
     for name, count in (("good", 1), ("long", 2)):
         (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows[:count]))
-    write_config(tmp_path, model=tmp_path / "model", data=tmp_path / "good.jsonl", redis_url=redis_url)
+    good = tmp_path / "good.jsonl"
+    write_config(tmp_path, run=run, model=tmp_path / "model", data=good, redis_url=redis_url)
     return tmp_path
 
 
