@@ -90,11 +90,18 @@ class Fence:
         if self._lost is not None:
             raise self._lost
 
-    def execute(self, queue: Callable[[Pipeline], Any], *, raise_on_error: bool = True) -> list[Any]:
+    def execute(
+        self,
+        queue: Callable[[Pipeline], Any],
+        *,
+        condition: Callable[[Pipeline], bool] | None = None,
+        raise_on_error: bool = True,
+    ) -> list[Any]:
         """Run the commands that `queue` puts into a pipeline, all or none, under the highest epoch only.
 
         Raises `FencedError`, nothing done, when there is a higher one. After a lost reply the commands are
-        sent again: they must bear it.
+        sent again: they must bear it. `condition` is asked first and may watch keys of its own; if it
+        does not hold, nothing is done and the result is empty.
         """
         self.require()
         with self._client.pipeline(transaction=True) as pipeline:
@@ -103,6 +110,8 @@ class Fence:
                     pipeline.watch(self._epoch_key)
                     highest = int(pipeline.get(self._epoch_key) or 0)
                     self._refuse_below(highest)
+                    if condition is not None and not condition(pipeline):
+                        return []
                     pipeline.multi()
                     if highest < self._epoch:  # Redis has lost data
                         pipeline.set(self._epoch_key, self._epoch)

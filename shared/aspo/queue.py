@@ -16,7 +16,7 @@ Only commands of Redis 6.2 are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -99,12 +99,21 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One stored rollout payload, pending until it is acknowledged; `uid` is what its writer calls it."""
+    """One stored rollout payload, pending until it is acknowledged; `uid` is what its writer calls it.
+
+    `stamp` says what the writer scored by, see `Hello.stamp`; empty where it does not say.
+    """
 
     uid: str
     payload: bytes
     stream: bytes
     entry_id: bytes
+    stamp: str = ""
+
+    @property
+    def actor(self) -> str:
+        """Whose stream it came by."""
+        return _actor_of(self.stream)
 
 
 class TaskQueue:
@@ -211,8 +220,8 @@ def rollout_keys(run: str, actor: str) -> tuple[str, str]:
 class RolloutWriter:
     """One actor incarnation's stream of rollouts; not thread-safe, for its ids must be sent in order."""
 
-    def __init__(self, client: redis.Redis, run: str, actor: str) -> None:
-        self._redis = client
+    def __init__(self, client: redis.Redis, run: str, actor: str, *, stamp: str = "") -> None:
+        self._redis, self._stamp = client, stamp
         self._counter = f"aspo:{run}:incarnation"
         self._registry, self._stream = rollout_keys(run, actor)
         self._incarnation, self._sent = self._new_incarnation(), 0
@@ -230,9 +239,10 @@ class RolloutWriter:
     def _store(self, uid: str, payload: bytes) -> bool:
         """Add the entry; False if its id is spent on another."""
         entry_id = f"{self._incarnation}-{self._sent}"
-        pipeline = self._redis.pipeline(transaction=False)
+        # All or none: the learner may be about to forget this stream, as one that is empty.
+        pipeline = self._redis.pipeline(transaction=True)
         pipeline.sadd(self._registry, self._stream)
-        pipeline.xadd(self._stream, {"uid": uid, "group": payload}, id=entry_id)
+        pipeline.xadd(self._stream, {"uid": uid, "group": payload, "stamp": self._stamp}, id=entry_id)
         replies = pipeline.execute(raise_on_error=False)
         errors = [reply for reply in replies if isinstance(reply, Exception)]
         if errors and _STALE_ID not in str(errors[0]):
@@ -280,8 +290,7 @@ class RolloutReader:
 
         Of a payload beyond `max_bytes` only the beginning and the size are kept.
         """
-        actor = delivery.stream.rpartition(b":")[2]
-        entry: dict[str, Any] = {"reason": reason, "uid": delivery.uid[:MAX_NAME], "actor": actor}
+        entry: dict[str, Any] = {"reason": reason, "uid": delivery.uid[:MAX_NAME], "actor": delivery.actor}
         if len(delivery.payload) > max_bytes:
             entry |= {"group": delivery.payload[:QUARANTINE_SAMPLE], "size": len(delivery.payload)}
         else:
@@ -291,6 +300,29 @@ class RolloutReader:
             pipeline.xadd(self._quarantine, entry, maxlen=QUARANTINE_LENGTH, approximate=False)
 
         _execute(self._redis, self._fence, commands)
+
+    def forget(self, alive: Collection[str]) -> int:
+        """Delete the streams that hold nothing and whose actors are not `alive`; returns how many.
+
+        An actor that stores a rollout all the same, at whatever moment, has its stream again.
+        """
+        absent = [stream for stream in self._known if _actor_of(stream) not in alive]
+        return sum(self._forget(stream) for stream in absent)
+
+    def _forget(self, stream: bytes) -> bool:
+        def holds_nothing(pipeline: Pipeline) -> bool:
+            pipeline.watch(stream)
+            return int(pipeline.xlen(stream)) == 0
+
+        def commands(pipeline: Pipeline) -> None:
+            pipeline.delete(stream)
+            pipeline.srem(self._registry, stream)
+
+        if not _execute(self._redis, self._fence, commands, condition=holds_nothing):
+            return False
+        self._known.discard(stream)
+        self._replay.pop(stream, None)
+        return True
 
     @property
     def streams(self) -> int:
@@ -322,10 +354,18 @@ class RolloutReader:
 def _deliveries(stream: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]]) -> list[Delivery]:
     return [
         Delivery(
-            fields.get(b"uid", b"").decode(errors="replace"), fields.get(b"group", b""), stream, entry_id
+            fields.get(b"uid", b"").decode(errors="replace"),
+            fields.get(b"group", b""),
+            stream,
+            entry_id,
+            fields.get(b"stamp", b"").decode(errors="replace"),
         )
         for entry_id, fields in entries
     ]
+
+
+def _actor_of(stream: bytes) -> str:
+    return stream.rpartition(b":")[2].decode(errors="replace")
 
 
 def _ensure_group(client: redis.Redis, stream: Any) -> None:
@@ -341,12 +381,16 @@ def _execute(
     fence: Fence | None,
     commands: Callable[[Pipeline], None],
     *,
+    condition: Callable[[Pipeline], bool] | None = None,
     raise_on_error: bool = True,
 ) -> list[Any]:
-    """Run the commands all or none, behind the learner's fence if there is one."""
+    """Run the commands all or none, behind the learner's fence if there is one; see `Fence.execute`."""
     if fence is not None:
-        return fence.execute(commands, raise_on_error=raise_on_error)
+        return fence.execute(commands, condition=condition, raise_on_error=raise_on_error)
     with client.pipeline(transaction=True) as pipeline:
+        if condition is not None and not condition(pipeline):
+            return []
+        pipeline.multi()
         commands(pipeline)
         replies: list[Any] = pipeline.execute(raise_on_error)
     return replies

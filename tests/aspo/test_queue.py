@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 
+from aspo.fence import Fence
 from aspo.queue import (
     QueueError,
     RolloutReader,
@@ -15,6 +18,7 @@ from aspo.queue import (
     TaskQueue,
     connect,
     fault_of,
+    rollout_keys,
     url_without_password,
 )
 from aspo.schemas import Task
@@ -121,6 +125,52 @@ def test_a_restarted_actor_writes_after_its_former_self(client: redis.Redis, run
     RolloutWriter(client, run, "a").put("1", b"old")
     RolloutWriter(client, run, "a").put("2", b"new")
     assert [d.payload for d in RolloutReader(client, run).read(count=10)] == [b"old", b"new"]
+
+
+def test_only_streams_that_are_empty_and_of_nobody_alive_are_forgotten(client: redis.Redis, run: str) -> None:
+    writers = {actor: RolloutWriter(client, run, actor) for actor in ("gone", "alive", "unread")}
+    for actor in ("gone", "alive"):
+        writers[actor].put(f"{actor}-0", b"payload")
+    reader = RolloutReader(client, run)
+    read = reader.read(count=10)
+    writers["unread"].put("unread-0", b"payload")
+    reader.read(count=10)
+    assert reader.forget({"alive"}) == 0, "what is not acknowledged was forgotten"
+    reader.acknowledge(read)
+    assert reader.forget({"alive"}) == 1
+    assert not client.exists(rollout_keys(run, "gone")[1])
+    assert reader.streams == len(client.smembers(rollout_keys(run, "")[0])) == 2
+    writers["gone"].put("gone-1", b"back")  # it was only cut off
+    assert [d.uid for d in reader.read(count=10)] == ["gone-1"]
+    assert [d.uid for d in RolloutReader(client, run).read(count=10)] == ["unread-0", "gone-1"]
+
+
+def test_a_rollout_stored_while_its_stream_is_being_forgotten_is_not_lost(
+    client: redis.Redis, run: str, tmp_path: Path
+) -> None:
+    writer = RolloutWriter(client, run, "slow")
+
+    class Interrupted(Fence):
+        """An actor stores a rollout between every look at its stream and what follows from it."""
+
+        def execute(
+            self, queue: Callable[..., Any], *, condition: Callable[..., bool] | None = None, **options: Any
+        ) -> list[Any]:
+            def look(pipeline: Any) -> bool:
+                holds = condition is None or condition(pipeline)
+                if condition is not None and writer._sent == 1:
+                    writer.put("late", b"payload")
+                return holds
+
+            return super().execute(queue, condition=look, **options)
+
+    fence = Interrupted.acquire(client, run, tmp_path)
+    reader = RolloutReader(client, run, fence=fence)
+    writer.put("early", b"payload")
+    reader.acknowledge(reader.read(count=10))
+    assert reader.forget(()) == 0
+    assert [d.uid for d in reader.read(count=10)] == ["late"]
+    fence.release()
 
 
 def test_quarantine_keeps_payload_and_reason(client: redis.Redis, run: str) -> None:
