@@ -19,13 +19,15 @@ import zlib
 import redis
 
 from aspo.config import Config
+from aspo.hello import HelloError, heard, own_hello, require_equal
 from aspo.http import Server, listen, listen_for_probes, reachable
 from aspo.presence import ActorStatus, announce, withdraw
 from aspo.queue import connect
+from aspo.schemas import Hello
 from aspo.telemetry import ACTOR_METRICS, Gauges
 from aspo.tls import server_context
 from aspo.weights.client import Mirror, WeightClient, export
-from aspo.weights.manifest import Plan, WeightsError
+from aspo.weights.manifest import Manifest, Plan, WeightsError
 from aspo_actor.app import build_app
 from aspo_actor.engine import RolloutEngine
 from aspo_actor.rewards.scorer import Scorer
@@ -36,9 +38,6 @@ from aspo_actor.worker import Worker
 log = logging.getLogger(__name__)
 HEARTBEAT_S = 1.0
 TIME_TO_LIVE_S = 10.0
-GRACE_S = 20.0
-PROBE_EVERY_S = 30.0
-PROBE_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 300.0
 
 
@@ -59,6 +58,7 @@ class Actor:
         self._worker: Worker | None = None
         self._sync: WeightSync | None = None
         self._mirror: Mirror
+        self._hello: Hello
         self._scorer: Scorer | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leave = asyncio.Event()
@@ -150,17 +150,24 @@ class Actor:
         """Work and follow the weights; whichever of them fails ends the actor with its error."""
         trials = Trials(client, engine, self._config.canary, self.id)
         self._sync = WeightSync(client, engine, self._mirror, self._folder, trials)
-        self._worker = Worker(self._config, self.id, self._redis, engine, scorer, self._sync)
+        self._worker = Worker(
+            self._config, self.id, self._redis, engine, scorer, self._sync, self._hello.stamp
+        )
         if self._config.canary.enabled:
             self._worker.on_group = trials.saw
         self._engine, self._state = engine, "sampling"
         working = asyncio.create_task(self._worker.run())
-        watching = (self._sync.run(), self._sync.keep_mended(), _keep_probing(engine))
+        watching = (
+            self._sync.run(),
+            self._sync.keep_mended(),
+            self._keep_probing(engine),
+            self._keep_agreeing(),
+        )
         others = {asyncio.create_task(job) for job in watching}
         done, _ = await asyncio.wait({leaving, working, *others}, return_when=asyncio.FIRST_COMPLETED)
         self._state = "draining"
         failed = done - {leaving}
-        await self._worker.drain(0.0 if failed else GRACE_S)
+        await self._worker.drain(0.0 if failed else self._config.actor.grace_s)
         for task in (working, *others):
             task.cancel()
         for job in failed:
@@ -168,6 +175,7 @@ class Actor:
 
     async def _start_engine(self, client: WeightClient) -> RolloutEngine:
         plan = await self._first_plan(client)
+        await self._greet(plan.manifest)
         version, folder = plan.manifest.version, self._folder / "model"
         self._state = f"loading {version}"
         self._mirror = await export(client, plan, folder)
@@ -205,10 +213,39 @@ class Actor:
                 log.warning("Redis: %s; not announced", error)
             await asyncio.sleep(HEARTBEAT_S)
 
+    async def _greet(self, manifest: Manifest) -> None:
+        """Compare with the learner's hello, once there is one; raises `HelloError`."""
+        name, url = self._config.run.name, self._config.actor.learner_url
+        if manifest.policy_version.run != name:
+            raise HelloError(
+                f"{url} serves run {manifest.policy_version.run!r} and this actor is of run {name!r}; "
+                "mend run.name or actor.learner_url"
+            )
+        self._hello = own_hello(self._config, manifest.files)
+        while not await self._agrees():
+            log.warning("waiting for the learner of run %s to say hello in Redis", name)
+            await asyncio.sleep(HEARTBEAT_S)
 
-async def _keep_probing(engine: RolloutEngine) -> None:
-    """Generate a token every so often: vLLM's own health check does not see a hung engine."""
-    while True:
-        await asyncio.sleep(PROBE_EVERY_S)
-        if not engine.recoverable:
-            await engine.probe(PROBE_TIMEOUT_S)
+    async def _keep_agreeing(self) -> None:
+        """End the actor when a learner with other terms takes over."""
+        while True:
+            await asyncio.sleep(HEARTBEAT_S)
+            await self._agrees()
+
+    async def _agrees(self) -> bool:
+        """Whether the learner's hello is there and ours; raises `HelloError` if it is there and another."""
+        try:
+            learners = await asyncio.to_thread(heard, self._redis, self._config.run.name)
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            log.warning("Redis: %s; trying again", error)
+            return False
+        if learners is not None:
+            require_equal(self._hello, learners)
+        return learners is not None
+
+    async def _keep_probing(self, engine: RolloutEngine) -> None:
+        """Generate a token every so often: vLLM's own health check does not see a hung engine."""
+        while True:
+            await asyncio.sleep(self._config.actor.probe_every_s)
+            if not engine.recoverable:
+                await engine.probe(self._config.actor.probe_timeout_s)

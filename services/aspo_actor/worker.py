@@ -37,10 +37,11 @@ class Worker:
         engine: RolloutEngine,
         scorer: Scorer,
         sync: WeightSync,
+        stamp: str = "",
     ) -> None:
         self._actor, self._engine, self._scorer, self._sync = actor, engine, scorer, sync
         self._tasks = TaskQueue(client, config.run.name, lease_s=config.redis.task_lease_s)
-        self._writer = RolloutWriter(client, config.run.name, actor)
+        self._writer = RolloutWriter(client, config.run.name, actor, stamp=stamp)
         self._lease_s = config.redis.task_lease_s
         self._group_size = config.sampling.group_size
         self._max_samples = config.actor.max_samples or config.actor.engine.max_num_seqs + self._group_size

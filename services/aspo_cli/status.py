@@ -52,7 +52,7 @@ def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> N
 
 def render(status: Status) -> Group:
     """The status as a table of the run and one of its actors."""
-    return Group(_run_table(status), _actor_table(status["actors"]))
+    return Group(_run_table(status), _actor_table(status["actors"], status.get("without_actors_seconds")))
 
 
 def _run_table(status: Status) -> Table:
@@ -82,11 +82,22 @@ def _run_table(status: Status) -> Table:
     return table
 
 
-def _actor_table(actors: list[Status]) -> Table | Text:
+def _actor_table(actors: list[Status], absent_s: float | None) -> Table | Text:
+    if not actors and absent_s is None:
+        return Text("the learner cannot ask Redis which actors are alive", style="yellow")
     if not actors:
-        return Text("no actor is alive; start one with: aspo actor --config FILE", style="yellow")
+        lasting = f"no actor has been alive for {absent_s:,.0f} s"
+        return Text(f"{lasting}; start one with: aspo actor --config FILE", style="yellow")
     # Where it is narrow the names take several lines, and the numbers one.
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    alive = f"{len(actors)} actor{'s' if len(actors) > 1 else ''} alive"
+    table = Table(
+        title=alive,
+        title_justify="left",
+        title_style="dim",
+        box=None,
+        padding=(0, 2, 0, 0),
+        header_style="dim",
+    )
     for name in ("actor", "state"):
         table.add_column(name, overflow="fold", min_width=len("sampling"))
     for name in ("version", "tokens/s", "groups", "flying", "pause", "failed"):

@@ -29,7 +29,8 @@ class TrialStatus(BaseModel):
 class LearnerStatus(BaseModel):
     """What a learner is doing; metrics are those of the last step, names as in metrics.jsonl.
 
-    `trials` counts what became of the versions that a canary has tried, since the learner's start.
+    `trials` counts what became of the versions that a canary has tried, since the learner's start;
+    `without_actors_seconds` says for how long no actor has been alive, None while one is.
     """
 
     run: str
@@ -51,6 +52,7 @@ class LearnerStatus(BaseModel):
     ended: dict[str, int] = {}
     metrics: dict[str, float] = {}
     actors: list[ActorStatus] = []
+    without_actors_seconds: float | None = None
 
 
 class Controls:

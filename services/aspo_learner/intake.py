@@ -22,13 +22,14 @@ _READ_AT_ONCE = 256
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a rollout group must keep to; sizes in tokens, entries in bytes."""
+    """What a rollout group must keep to; sizes in tokens, entries in bytes; `stamp` is the hello's."""
 
     run: str
     vocab_size: int
     max_tokens: int
     max_prompt_tokens: int
     max_entry_bytes: int
+    stamp: str = ""
 
 
 class Asker(Protocol):
@@ -142,6 +143,8 @@ class Intake:
             )
         except CodecError as error:
             reason = f"undecodable: {error.code}: {error}"
+        if reason is None and delivery.stamp not in ("", self.limits.stamp):
+            reason = "other-rewards: of an actor with another reward function or tokenizer than the learner's"
         if group is None or reason is not None:
             self._set_aside(delivery, str(reason))
         elif group.purpose == "eval":

@@ -22,8 +22,9 @@ import torch
 from aspo.config import Config, ConfigError
 from aspo.failpoints import reach
 from aspo.fence import Fence
+from aspo.hello import file_refs, own_hello, say
 from aspo.http import Server, listen, listen_for_probes
-from aspo.presence import ActorStatus, present
+from aspo.presence import ActorStatus, Attendance, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import FloatArray, PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
@@ -58,6 +59,7 @@ class Learner:
         self.config, self.controls, self._fence = config, Controls(), fence
         self._redis = connect(config.redis.location, retries=OUTAGE_S)
         self._status_redis = connect(config.redis.location)  # the HTTP thread must not wait out an outage
+        self._attendance = Attendance(self._status_redis, config.run.name)
         self._listener = listen(config.learner.host, config.learner.port, config.auth)
         self._probes = listen_for_probes(config.learner.host, config.learner.probe_port, config.auth)
         self._tls = server_context(config.learner.tls_cert, config.learner.tls_key)
@@ -103,6 +105,7 @@ class Learner:
             self._resume_plan()
             self._publish()
             self._publisher.wait()
+            self._say_hello()
             self._dispatcher.ask_again(self._intake.held)
             if self.step == 0:
                 self._history.accuracy_before = self._evaluate_now("evaluating before training")
@@ -119,7 +122,7 @@ class Learner:
     def status(self) -> LearnerStatus:
         """A snapshot for `/v1/status`; safe from any thread."""
         newest, live, history = self._store.newest(), self._store.live(), self._history
-        trial = self.releases.trial
+        trial, actors = self.releases.trial, self._actors()
         return LearnerStatus(
             run=self.config.run.name,
             phase=self._phase,
@@ -139,7 +142,8 @@ class Learner:
             uptime_seconds=history.seconds,
             ended=dict(self._intake.ended),
             metrics=dict(history.last),
-            actors=self._actors(),
+            actors=actors,
+            without_actors_seconds=self._attendance.absent_s,
         )
 
     def not_ready(self) -> str | None:
@@ -154,9 +158,11 @@ class Learner:
 
     def _actors(self) -> list[ActorStatus]:
         try:
-            return present(self._status_redis, self.config.run.name)
+            actors = self._attendance.look()
         except redis.RedisError:
             return []
+        self._gauges.set({"actors": len(actors)})
+        return actors
 
     def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         data, held_out = self.config.data, self.config.eval
@@ -187,12 +193,14 @@ class Learner:
         )
         self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
         self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
+        self._hello = own_hello(config, file_refs(self.policy.published_files()))
         limits = Limits(
             run=config.run.name,
             vocab_size=self.policy.vocab_size,
             max_tokens=config.sampling.max_tokens,
             max_prompt_tokens=self._room,
             max_entry_bytes=config.redis.max_entry_mib * 2**20,
+            stamp=self._hello.stamp,
         )
         staleness = StalenessRule(
             max_staleness=config.learner.max_staleness,
@@ -271,7 +279,8 @@ class Learner:
                 if batch is not None:
                     return batch
             self._dispatch()
-            self._phase = "waiting for rollouts" if self.controls.running.is_set() else "paused"
+            waiting = "waiting for rollouts" if self._attendance.absent_s is None else "waiting for an actor"
+            self._phase = waiting if self.controls.running.is_set() else "paused"
             self._listen()
         return None
 
@@ -318,16 +327,22 @@ class Learner:
         """Take in what arrives; after a long silence say so, and ask again for what may have been lost."""
         self._fence.require()
         self.releases.tick()
+        if self._attendance.due:
+            self._actors()
         if self._intake.pump(self._current, _POLL_S):
             self._heard = time.monotonic()
         elif time.monotonic() - self._heard > _SILENCE_S and self.controls.running.is_set():
             self._heard = time.monotonic()
             names = ", ".join(f"{actor.id} ({actor.state})" for actor in self._actors())
             log.warning("no rollout for %.0f s; actors: %s", _SILENCE_S, names or "none; start `aspo actor`")
+            self._say_hello()  # Redis may have lost it
             self._intake.reread(self._current)
             self._dispatcher.recover(self._intake.held)
             if self._evaluator is not None:
                 self._evaluator.recover()
+
+    def _say_hello(self) -> None:
+        say(self._fence, self.config.run.name, self._hello)
 
     def _dispatch(self) -> None:
         current, newest = self._current, self._store.newest()
@@ -400,6 +415,8 @@ class Learner:
         reach("acknowledge.before")
         self._intake.acknowledge()
         reach("acknowledge.after")
+        self._reader.forget({actor.id for actor in present(self._redis, self.config.run.name)})
+        self._say_hello()
         self._checkpoint_seconds = time.monotonic() - started
 
     def _evaluate_now(self, phase: str) -> float | None:

@@ -296,6 +296,13 @@ class ActorConfig(Section):
     max_samples: int | None = Field(
         None, ge=1, description="Completions in flight; unset: max_num_seqs and one group more."
     )
+    grace_s: float = Field(
+        20.0,
+        ge=0,
+        description="After SIGTERM, time to finish what is being sampled; what is left is handed back.",
+    )
+    probe_every_s: float = Field(30.0, gt=0, description="Seconds between tokens generated as a probe.")
+    probe_timeout_s: float = Field(60.0, gt=0, description="An engine slower than this with one is given up.")
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+
 import redis
 from pydantic import BaseModel, ValidationError
+
+log = logging.getLogger(__name__)
+LOOK_EVERY_S = 1.0
 
 
 class ActorStatus(BaseModel):
@@ -59,6 +66,39 @@ def present(client: redis.Redis, run: str) -> list[ActorStatus]:
         except ValidationError:
             continue  # an actor of another release; its rollouts are judged by their own schema
     return alive
+
+
+class Attendance:
+    """A learner's eye on its actors: logs when none is left and when one comes; safe from any thread."""
+
+    def __init__(self, client: redis.Redis, run: str) -> None:
+        self._client, self._run = client, run
+        self._lock = threading.Lock()
+        self._looked = self._changed = time.monotonic()
+        self._any: bool | None = None  # None: never seen
+
+    def look(self) -> list[ActorStatus]:
+        """The actors alive now; raises `redis.RedisError`."""
+        actors = present(self._client, self._run)
+        with self._lock:
+            self._looked = time.monotonic()
+            if bool(actors) != self._any:
+                self._any, self._changed = bool(actors), self._looked
+                if actors:
+                    log.info("actor %s is here", actors[0].id)
+                else:
+                    log.warning("no actor is alive; waiting for one: start it with aspo actor --config FILE")
+        return actors
+
+    @property
+    def due(self) -> bool:
+        """Whether nobody has looked for a while."""
+        return time.monotonic() > self._looked + LOOK_EVERY_S
+
+    @property
+    def absent_s(self) -> float | None:
+        """For how many seconds no actor has been alive, as far as seen; None if there is one."""
+        return time.monotonic() - self._changed if self._any is False else None
 
 
 def _members(run: str) -> str:

@@ -13,9 +13,12 @@ from typing import Any, Literal
 
 import msgspec
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+
+_SCORED_BY = ("data.reward_columns", "reward.failed_score", "reward.function")
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -66,6 +69,24 @@ class Task(msgspec.Struct, frozen=True, kw_only=True, tag="task", forbid_unknown
     seed: int | None = None
     min_version: str | None = None
     schema: int = SCHEMA_VERSION
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """What an actor and its learner must have in common.
+
+    `tokenizer` is the digest of the tokenizer's vocabulary files; `settings` are values of the config by
+    their names. Fields of other releases are passed over, so that the schema version can be compared.
+    """
+
+    tokenizer: str
+    settings: dict[str, Any]
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def stamp(self) -> str:
+        """Short digest of what a rollout's rewards depend on; rollouts carry it."""
+        scored_by = {name: value for name, value in self.settings.items() if name in _SCORED_BY}
+        return blake3(msgspec.json.encode([self.tokenizer, sorted(scored_by.items())])).hexdigest(8)
 
 
 class VersionSpan(msgspec.Struct, frozen=True, array_like=True):

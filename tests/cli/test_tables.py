@@ -58,6 +58,14 @@ def test_the_status_fits_80_columns(fields: dict[str, object], live: str) -> Non
     assert "sampling" in text
 
 
+def test_the_status_says_how_many_actors_are_alive_and_what_to_do_without() -> None:
+    assert "2 actors alive" in shown(render(status().model_dump()))
+    assert "1 actor alive" in shown(render(status(actors=[actor("a")]).model_dump()))
+    alone = shown(render(status(actors=[], without_actors_seconds=1234.5).model_dump()))
+    assert "no actor has been alive for 1,234 s; start one with: aspo actor --config FILE" in alone
+    assert "cannot ask Redis" in shown(render(status(actors=[]).model_dump()))
+
+
 def test_the_versions_fit_80_columns() -> None:
     ways = {"demo/1/1136": 123_456, "demo/1/1129": 987_654, "snapshot": 123_456_789}
     found = [

@@ -55,6 +55,7 @@ def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
             max_tokens=6,
             max_prompt_tokens=10,
             max_entry_bytes=2**20,
+            stamp="ours",
         )
         return Intake(
             RolloutReader(client, run),
@@ -99,6 +100,21 @@ def test_a_batch_is_given_once_it_is_whole_oldest_first(
     batch = intake.take(3, current(run))
     assert batch is not None
     assert [group.uid for group in batch] == [task_uid(run, "train", i) for i in range(3)]
+
+
+def test_what_was_scored_by_other_rewards_is_set_aside(
+    new_intake: Callable[..., Intake], client: redis.Redis, run: str, model: Any
+) -> None:
+    intake = new_intake()
+    for index, stamp in enumerate(("ours", "theirs", "")):
+        group = make_group(model, uid=task_uid(run, "train", index), version=f"{run}/1/5", seed=index)
+        RolloutWriter(client, run, f"actor-{index}", stamp=stamp).put(group.uid, encode_group(group))
+    intake.pump(current(run), 0.01)
+    assert intake.ended == {"other-rewards": 1}
+    assert intake.held == {0, 2}
+    [entry] = Quarantine(client, run).entries()
+    assert (entry.uid, entry.actor) == (task_uid(run, "train", 1), "actor-1")
+    assert "another reward function" in entry.reason
 
 
 def test_nothing_is_acknowledged_before_the_checkpoint(
