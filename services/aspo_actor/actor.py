@@ -187,6 +187,7 @@ class Actor:
             # Actors of one run must not all draw alike.
             seed=self._config.run.seed + zlib.crc32(self.id.encode()) % 2**16,
         )
+        engine.patience_s = self._config.actor.probe_timeout_s
         log.info("engine runs %s", version)
         return engine
 

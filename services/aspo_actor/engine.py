@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 _PROBE_LENGTH = 8
 _SHUTDOWN_S = 5.0
 _UPDATE_TIMEOUT_S = 300.0
-_PROBE_TIMEOUT_S = 120.0
-_ANSWER_TIMEOUT_S = 30.0
 
 
 class EngineError(AspoError, RuntimeError):
@@ -97,6 +95,7 @@ class RolloutEngine:
 
     def __init__(self, client: AsyncLLM, version: str) -> None:
         self._client = client
+        self.patience_s = 120.0  # for any answer within an update, but for the loading itself
         self._tokenizer = client.get_tokenizer()
         self._max_model_len: int = client.model_config.max_model_len
         self._vocab_size: int = client.model_config.get_vocab_size()
@@ -254,7 +253,7 @@ class RolloutEngine:
                 raise EngineError(self.failure)
             names = [str(Path(file).resolve()) for file in files]
             began = time.perf_counter()
-            async with self._checking(version), asyncio.timeout(_PROBE_TIMEOUT_S):
+            async with self._checking(version), asyncio.timeout(self.patience_s):
                 reasons = await self._client.collective_rpc("aspo_check_weights", args=(names,))
             _refuse(version, reasons)
             return await self._replace({"files": names}, version, began)
@@ -329,7 +328,7 @@ class RolloutEngine:
     async def _beside(self, call: str, argument: Any) -> list[Any]:
         """Have every worker do something beside the sampling, and return their answers."""
         assert self._channel is not None
-        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+        async with asyncio.timeout(self.patience_s):
             return await self._channel.call(call, argument)
 
     async def _replace(self, update: dict[str, Any], version: str, began: float) -> UpdateTimings:
@@ -337,7 +336,7 @@ class RolloutEngine:
         async with self._probation(version):
             paused = await self._write(update, version)
             # In this order: with the probe's request queued, the very next step answers it.
-            _, applied = await asyncio.gather(self._probe(_PROBE_TIMEOUT_S), self._resume())
+            _, applied = await asyncio.gather(self._probe(self.patience_s), self._resume())
         return UpdateTimings(
             check_s=checked - began,
             pause_s=paused - checked,
@@ -380,15 +379,15 @@ class RolloutEngine:
     async def _pause(self) -> None:
         # Running requests keep their keys and values; the salt keeps new ones from old prefix blocks.
         # `pause_generation` would sleep 20 ms for the sake of the order in which its caller sees outputs.
-        await self._client.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        async with asyncio.timeout(self.patience_s):
+            await self._client.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
 
     async def _suspend(self, reason: str, *, drop: bool = True) -> None:
         """Stand still until a complete update, or give up if vLLM does not answer."""
         self._damage = reason
         self._trusted.clear()
         try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                await self._pause()
+            await self._pause()
         except Exception as error:
             await self._give_up(f"{reason}; and vLLM does not answer: {one_line(error)}")
             return

@@ -302,7 +302,7 @@ class ActorConfig(Section):
         description="After SIGTERM, time to finish what is being sampled; what is left is handed back.",
     )
     probe_every_s: float = Field(30.0, gt=0, description="Seconds between tokens generated as a probe.")
-    probe_timeout_s: float = Field(60.0, gt=0, description="An engine slower than this with one is given up.")
+    probe_timeout_s: float = Field(60.0, gt=0, description="An engine silent for so long is given up.")
     engine: EngineConfig = EngineConfig()
 
     @model_validator(mode="after")

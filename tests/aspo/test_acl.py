@@ -13,11 +13,12 @@ import redis
 from redis.exceptions import NoPermissionError
 
 from aspo.fence import Fence
+from aspo.hello import heard, say
 from aspo.preflight import preflight
 from aspo.presence import ActorStatus, announce, present, withdraw
 from aspo.quarantine import Quarantine
 from aspo.queue import QueueError, RolloutReader, RolloutWriter, TaskQueue, connect
-from aspo.schemas import Task
+from aspo.schemas import Hello, Task
 from aspo_cli.processes import find_redis_server, free_port, redis_command
 from aspo_learner.identity import claim_run
 from models import save_model
@@ -64,6 +65,7 @@ ACTOR_7 = (
     "DEL aspo:r:tasks:train",
     "SREM aspo:r:rollout-streams aspo:r:rollouts:a",
     "SET aspo:r:incarnation 0",
+    "SET aspo:r:hello x",
 )
 READER = (
     "XDEL aspo:r:quarantine 1-1",
@@ -131,6 +133,9 @@ def test_each_role_can_do_all_of_its_work(connected: As, run: str, tmp_path: Pat
     claim_run(learner, run, tmp_path)
     fence = Fence.acquire(learner, run, tmp_path)
     assert fence.execute(lambda pipeline: pipeline.get(f"aspo:{run}:epoch")) == [b"1"]
+    hello = Hello(tokenizer="", settings={})
+    say(fence, run, hello)
+    assert heard(actor, run) == hello
     fence.release()
     assert not admin.exists(f"aspo:{run}:lease")
     status = ActorStatus(id="a", run=run, url="", state="sampling", version="")
@@ -171,6 +176,7 @@ def _queue_protocol(learner: redis.Redis, actor: redis.Redis, run: str) -> None:
     assert reader.read(count=10) == deliveries
     reader.acknowledge(deliveries)
     assert reader.depth() == 0
+    assert reader.forget(()) == 1
 
 
 def test_a_learner_can_hold_a_lease_and_fence_by_it(connected: As, run: str) -> None:
