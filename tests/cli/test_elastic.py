@@ -26,8 +26,9 @@ ROUND = 5  # steps: more than the tasks ahead can feed, (max_staleness + 1) batc
 class Run:
     """A run's learner and actors, all of them to be ended with the test."""
 
-    def __init__(self, project: Path) -> None:
+    def __init__(self, project: Path, client: redis.Redis, name: str) -> None:
         self._project, self.url = project, learner_url(project)
+        self._client, self._tasks = client, f"aspo:{name}:tasks:train"
         self.services: list[Service] = []
 
     def start(self, role: str, *settings: str) -> Service:
@@ -41,10 +42,17 @@ class Run:
         """What the learner says of each actor alive."""
         return {actor["id"]: actor for actor in fetch_status(self.url)["actors"]}
 
+    @property
+    def holders(self) -> set[str]:
+        """The actors that tasks are leased to."""
+        consumers = self._client.xpending(self._tasks, "aspo")["consumers"]
+        return {consumer["name"].decode() for consumer in consumers}
+
     def goes_on(self, *alive: Service) -> None:
-        """Wait until so many steps are done that every task asked for before has been."""
+        """Wait until more steps are done, and what was left behind is in the hands of the living."""
         begun = step_of(self.url)
         wait_until(lambda: step_of(self.url) >= begun + ROUND, 90, alive)
+        wait_until(lambda: self.holders <= self.actors.keys(), 30, alive)
 
 
 def engine_core(actor: Service) -> int:
@@ -59,7 +67,7 @@ def engine_core(actor: Service) -> int:
 def test_actors_come_and_go(tmp_path: Path, redis_url: str, client: redis.Redis, run: str) -> None:
     project = make_project(tmp_path, redis_url, run=run)
     (project / "my_reward.py").write_text(REWARD + REWARD.replace("sevens", "more_sevens"))
-    services = Run(project)
+    services = Run(project, client, run)
     try:
         live_through_it(services, client, run)
     finally:

@@ -1,4 +1,4 @@
-"""kill -9 of actor and learner in the middle of a run: it goes on, and every step is trained once."""
+"""kill -9 of actors and learner in the middle of a run: it goes on, and every step is trained once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from aspo_cli.status import fetch_status
 from project import learner_url, make_project, metrics_of, step_of
 from services import Service, wait_until
 
@@ -16,19 +17,21 @@ STEPS = 200
 SETTINGS = ("--set", f"learner.steps={STEPS}", "--set", "redis.task_lease_s=5", "--set", "eval.every=1000")
 
 
-def test_a_run_survives_kill_9_of_actor_and_learner(tmp_path: Path, redis_url: str, run: str) -> None:
+def test_a_run_survives_kill_9_of_actors_and_learner(tmp_path: Path, redis_url: str, run: str) -> None:
     project = make_project(tmp_path, redis_url, run=run)
     url = learner_url(project)
     learner = Service(project, "learner", "--config", "my.toml", *SETTINGS)
     actors = [Service(project, "actor", "--config", "my.toml", *SETTINGS)]
     try:
-        wait_until(lambda: step_of(url) >= 10, 200, (learner, *actors))
-        actors[0].kill()
-        actors.append(Service(project, "actor", "--config", "my.toml", *SETTINGS))
+        for step in (10, 20):
+            wait_until(lambda step=step: step_of(url) >= step, 200, (learner, actors[-1]))
+            wait_until(lambda: fetch_status(url)["actors"][0]["groups_in_flight"] > 0, 60, (learner,))
+            actors[-1].kill()
+            actors.append(Service(project, "actor", "--config", "my.toml", *SETTINGS))
         time.sleep(1)
         learner.kill()
         learner = Service(project, "learner", "--config", "my.toml", *SETTINGS)
-        wait_until(lambda: step_of(url) >= 30, 200, (learner, actors[1]))
+        wait_until(lambda: step_of(url) >= 30, 200, (learner, actors[-1]))
         learner.kill()
         learner = Service(project, "learner", "--config", "my.toml", *SETTINGS)
         assert learner.wait(300) == 0, learner.text
@@ -40,5 +43,6 @@ def test_a_run_survives_kill_9_of_actor_and_learner(tmp_path: Path, redis_url: s
     assert summary["steps"] == STEPS
     assert summary["weight_version"] == f"{run}/3/{STEPS}"
     assert [m["step"] for m in metrics_of(project, run)] == list(range(1, STEPS + 1))
+    assert all(m["ended_quarantined"] == 0 for m in metrics_of(project, run)), "part of a group was stored"
     assert summary["rollouts"] == STEPS * 4 * 8
     assert summary["accuracy_after"] > 0.9
