@@ -23,6 +23,7 @@ from aspo_learner.dispatcher import task_uid
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy
+from aspo_learner.staleness import StalenessRule
 from aspo_learner.trainer import Trainer
 from models import save_model
 from rollouts import make_group, seal, write_config
@@ -145,10 +146,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def new_intake(client: redis.Redis, run: str) -> Intake:
-    limits = Limits(
-        run=run, vocab_size=16, max_tokens=6, max_prompt_tokens=10, max_entry_bytes=MAX_BYTES, max_staleness=2
-    )
-    return Intake(RolloutReader(client, run), Ledger(), Asked(), limits, on_eval=lambda group: None)
+    limits = Limits(run=run, vocab_size=16, max_tokens=6, max_prompt_tokens=10, max_entry_bytes=MAX_BYTES)
+    rule = StalenessRule(max_staleness=2)
+    return Intake(RolloutReader(client, run), Ledger(), Asked(), limits, rule, on_eval=lambda group: None)
 
 
 def poisoned(group: RolloutGroup, run: str) -> Iterator[bytes]:
