@@ -52,7 +52,9 @@ def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> N
 
 def render(status: Status) -> Group:
     """The status as a table of the run and one of its actors."""
-    return Group(_run_table(status), _actor_table(status["actors"], status.get("without_actors_seconds")))
+    trouble = [Text(status["trouble"], style="red")] if status["trouble"] else []
+    actors = _actor_table(status["actors"], status.get("without_actors_seconds"))
+    return Group(_run_table(status), *trouble, actors)
 
 
 def _run_table(status: Status) -> Table:

@@ -29,8 +29,10 @@ class TrialStatus(BaseModel):
 class LearnerStatus(BaseModel):
     """What a learner is doing; metrics are those of the last step, names as in metrics.jsonl.
 
-    `trials` counts what became of the versions that a canary has tried, since the learner's start;
-    `without_actors_seconds` says for how long no actor has been alive, None while one is.
+    `trouble` says why Redis or the disk takes no writes, while it does not; `redis_losses` counts the times
+    that Redis was found to have lost data, `trials` what became of the versions that a canary has tried;
+    both since the learner's start. `without_actors_seconds` says for how long no actor has been alive, None
+    while one is.
     """
 
     run: str
@@ -50,6 +52,8 @@ class LearnerStatus(BaseModel):
     rollouts: int = 0
     uptime_seconds: float = 0.0
     ended: dict[str, int] = {}
+    trouble: str | None = None
+    redis_losses: int = 0
     metrics: dict[str, float] = {}
     actors: list[ActorStatus] = []
     without_actors_seconds: float | None = None

@@ -2,6 +2,7 @@
 
 A checkpoint is a folder `step-N-K`, the K-th of its step: safetensors and JSON with their digests, written
 beside, synced and renamed. Loading verifies every digest first and falls back to the newest that is intact.
+One that cannot be written leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ from typing import Any
 import safetensors.torch
 import torch
 from blake3 import blake3
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from aspo.config import ConfigError
+from aspo.errors import AspoError
 from aspo.failpoints import reach
 
 log = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
+
+
+class CheckpointError(AspoError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+    exit_code = 1
 
 
 class Checkpoints:
@@ -40,29 +49,20 @@ class Checkpoints:
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> Path:
-        """Write a checkpoint durably and drop those beyond the newest `keep`; `state` is JSON data."""
-        partial = Path(tempfile.mkdtemp(dir=self._folder, prefix=".partial-"))
-        safetensors.torch.save_file(dict(model.named_parameters()), partial / "model.safetensors")
-        reach("checkpoint.shard")
-        safetensors.torch.save_file(_flatten(optimizer, model), partial / "optimizer.safetensors")
-        state = state | {
-            "step": step,
-            "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        }
-        (partial / "state.json").write_text(json.dumps(state))
-        digests = {path.name: _digest(path) for path in sorted(partial.iterdir())}
-        (partial / _DIGESTS).write_text(json.dumps(digests))
-        reach("checkpoint.manifest")
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        target = self._new_name(step)
-        os.replace(partial, target)
-        _sync(self._folder)
-        reach("checkpoint.renamed")
-        older = [path for path in self._all() if path < target]
-        for old in older[: max(0, len(older) - self._keep + 1)]:
-            shutil.rmtree(old, ignore_errors=True)
-        return target
+        """Write a checkpoint durably and drop those beyond the newest `keep`; `state` is JSON data.
+
+        Raises `CheckpointError` when the disk does not take it.
+        """
+        try:
+            with tempfile.TemporaryDirectory(
+                dir=self._folder, prefix=".partial-", ignore_cleanup_errors=True
+            ) as partial:
+                _write(Path(partial), step, model, optimizer, state)
+                return self._put_in_place(Path(partial), step)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the checkpoint of step {step} cannot be written to {self._folder} ({error}); free some disk"
+            ) from error
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Restore the newest intact checkpoint in place and return its state; None if there is none."""
@@ -89,6 +89,17 @@ class Checkpoints:
             return state
         return None
 
+    def _put_in_place(self, partial: Path, step: int) -> Path:
+        with self._commit():
+            target = self._new_name(step)
+            os.replace(partial, target)
+            _sync(self._folder)
+            reach("checkpoint.renamed")
+            older = [path for path in self._all() if path < target]
+            for old in older[: max(0, len(older) - self._keep + 1)]:
+                shutil.rmtree(old, ignore_errors=True)
+        return target
+
     def _new_name(self, step: int) -> Path:
         """A name after all there are of the step: none is removed before its successor is durable."""
         taken = [int(path.name.split("-")[2]) for path in self._folder.glob(f"step-{step:08}-*")]
@@ -96,6 +107,25 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return sorted(self._folder.glob("step-*"))
+
+
+def _write(
+    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write a checkpoint's files, and see them on the disk."""
+    safetensors.torch.save_file(dict(model.named_parameters()), folder / "model.safetensors")
+    reach("checkpoint.shard")
+    safetensors.torch.save_file(_flatten(optimizer, model), folder / "optimizer.safetensors")
+    state = state | {
+        "step": step,
+        "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+    (folder / "state.json").write_text(json.dumps(state))
+    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
+    (folder / _DIGESTS).write_text(json.dumps(digests))
+    reach("checkpoint.manifest")
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def _fault(folder: Path) -> str | None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import redis
+
 from aspo.codec import CodecError, decode_group, validate_group
 from aspo.queue import Delivery, RolloutReader
 from aspo.schemas import IntArray, PolicyVersion, RolloutGroup
@@ -44,6 +46,8 @@ class Intake:
     """Turns deliveries into batches of fresh, valid, unseen rollout groups.
 
     `on_eval` gets the groups of evaluation tasks; `ended` counts, by reason, the groups not trained on.
+    `altered` is set when a rollout no longer matched its digest, whose task is to be asked again: once, for a
+    second such answer ends it as any unusable one does.
     """
 
     def __init__(
@@ -67,6 +71,8 @@ class Intake:
         self._done: list[Delivery] = []
         self.ended: Counter[str] = Counter()
         self._dropped: list[IntArray] = []
+        self._altered: set[int] = set()
+        self.altered = False
 
     @property
     def held(self) -> set[int]:
@@ -84,9 +90,13 @@ class Intake:
         if not deliveries and not self._reader.streams:
             time.sleep(min(wait_s, 0.05))
         fresh = [d for d in deliveries if (d.stream, d.entry_id) not in self._seen]
-        for delivery in fresh:
-            self._seen.add((delivery.stream, delivery.entry_id))
-            self._receive(delivery, current)
+        try:
+            for delivery in fresh:
+                self._receive(delivery, current)
+                self._seen.add((delivery.stream, delivery.entry_id))
+        except redis.RedisError:
+            self._reader.replay()  # Redis could not keep one that is unusable: the rest comes again
+            raise
         return len(fresh)
 
     def reread(self, current: PolicyVersion) -> None:
@@ -129,9 +139,15 @@ class Intake:
         self._seen -= {(delivery.stream, delivery.entry_id) for delivery in self._done}
         self._done = []
 
+    def forget_deliveries(self) -> None:
+        """Keep the groups in memory, but acknowledge nothing that came before: Redis has lost it."""
+        self._reader.forget_all()
+        self._seen, self._done, self._deliveries = set(), [], {}
+
     def _receive(self, delivery: Delivery, current: PolicyVersion) -> None:
         group: RolloutGroup | None = None
         reason: str | None
+        altered = False
         try:
             group = decode_group(delivery.payload, max_bytes=self.limits.max_entry_bytes)
             reason = validate_group(
@@ -142,11 +158,11 @@ class Intake:
                 current=current,
             )
         except CodecError as error:
-            reason = f"undecodable: {error.code}: {error}"
+            reason, altered = f"undecodable: {error.code}: {error}", error.code == "digest"
         if reason is None and delivery.stamp not in ("", self.limits.stamp):
             reason = "other-rewards: of an actor with another reward function or tokenizer than the learner's"
         if group is None or reason is not None:
-            self._set_aside(delivery, str(reason))
+            self._set_aside(delivery, str(reason), altered=altered)
         elif group.purpose == "eval":
             self._on_eval(group)
             self._done.append(delivery)
@@ -159,6 +175,8 @@ class Intake:
             self._set_aside(delivery, "foreign-uid")
         elif not self._asker.was_asked(group, index):
             self._set_aside(delivery, "not-as-asked")
+        elif index in self._held and index not in self._deliveries:
+            self._deliveries[index] = delivery  # what Redis had lost is stored again
         elif index in self._held or (index in self._ledger and not self._ledger.reopen(index)):
             self.ended["duplicate"] += 1
             self._done.append(delivery)
@@ -181,15 +199,20 @@ class Intake:
     def _end(self, index: int) -> None:
         self._ledger.add(index)
         self._held.discard(index)
-        self._done.append(self._deliveries.pop(index))
+        if index in self._deliveries:
+            self._done.append(self._deliveries.pop(index))
 
-    def _set_aside(self, delivery: Delivery, reason: str) -> None:
+    def _set_aside(self, delivery: Delivery, reason: str, *, altered: bool = False) -> None:
         code = reason.partition(":")[0]
         log.warning("quarantined a rollout from %s: %s", delivery.stream.decode(errors="replace"), reason)
-        self.ended[code] += 1
         self._reader.quarantine(delivery, reason, max_bytes=self.limits.max_entry_bytes)
+        self.ended[code] += 1
         self._done.append(delivery)
         index = task_index(delivery.uid, self.limits.run, "train")
         if index is not None and index not in self._held and index < self._asker.cursor:
-            self._ledger.set_aside(index)
+            if altered and index not in self._altered and index not in self._ledger:
+                self._altered.add(index)
+                self.altered = True
+            else:
+                self._ledger.set_aside(index)
         self._on_lost_eval(delivery.uid)

@@ -28,6 +28,11 @@ class Journal:
         """The last step there is a plan for, 0 if there is none."""
         return len(self._plan)
 
+    @property
+    def cursor(self) -> int:
+        """The index above those of all tasks that are planned on."""
+        return 1 + max((task for tasks in self._plan for task in tasks), default=-1)
+
     def planned(self, step: int) -> list[int] | None:
         """The tasks to train `step` on, None if it has no plan yet."""
         return self._plan[step - 1] if 0 < step <= len(self._plan) else None

@@ -15,7 +15,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import redis
 import torch
 
@@ -26,30 +25,31 @@ from aspo.hello import file_refs, own_hello, say
 from aspo.http import Server, listen, listen_for_probes
 from aspo.presence import ActorStatus, Attendance, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
-from aspo.schemas import FloatArray, PolicyVersion, RolloutGroup
+from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.tls import server_context
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
-from aspo_learner.batching import repetition
-from aspo_learner.checkpoint import Checkpoints
+from aspo_learner.checkpoint import CheckpointError, Checkpoints
 from aspo_learner.data import Prompt, load_prompts
 from aspo_learner.dispatcher import Dispatcher, task_index
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
+from aspo_learner.outages import Outages
 from aspo_learner.policy import Policy, pick_device
 from aspo_learner.publisher import Publisher
 from aspo_learner.releases import Releases
-from aspo_learner.report import RunHistory
-from aspo_learner.staleness import StalenessRule, describe_staleness
+from aspo_learner.report import RunHistory, describe_batch
+from aspo_learner.staleness import StalenessRule
 from aspo_learner.trainer import Trainer
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.2
 _SILENCE_S = 10.0
+_DISK_RETRY_S = 1.0
 
 
 class Learner:
@@ -90,6 +90,7 @@ class Learner:
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
         self._checkpoint_seconds = 0.0
+        self._disk_trouble: str | None = None
         self._ledger, cursor = self._restore()
         self._retraining_until = self.step
         self._publisher = self._new_publisher()
@@ -106,7 +107,8 @@ class Learner:
             self._publish()
             self._publisher.wait()
             self._say_hello()
-            self._dispatcher.ask_again(self._intake.held)
+            with self._outages.ridden_out():
+                self._dispatcher.ask_again(self._intake.held)
             if self.step == 0:
                 self._history.accuracy_before = self._evaluate_now("evaluating before training")
             self._dispatch()
@@ -141,6 +143,8 @@ class Learner:
             rollouts=history.rollouts,
             uptime_seconds=history.seconds,
             ended=dict(self._intake.ended),
+            trouble=self._disk_trouble or self._fence.trouble,
+            redis_losses=self._outages.losses,
             metrics=dict(history.last),
             actors=actors,
             without_actors_seconds=self._attendance.absent_s,
@@ -191,6 +195,7 @@ class Learner:
         self._tasks = TaskQueue(
             self._redis, config.run.name, lease_s=config.redis.task_lease_s, fence=self._fence
         )
+        cursor = max(cursor, self._journal.cursor)
         self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
         self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
         self._hello = own_hello(config, file_refs(self.policy.published_files()))
@@ -219,6 +224,9 @@ class Learner:
             on_eval=lambda group: self._on_evaluated(group.uid, float(group.rewards.mean())),
             # An answer that cannot be used is a wrong one: asked again it would come again.
             on_lost_eval=lambda uid: self._on_evaluated(uid, config.reward.failed_score),
+        )
+        self._outages = Outages(
+            config, self._redis, self._fence, self._tasks, self._dispatcher, self._evaluator, self._intake
         )
 
     def _finished(self) -> bool:
@@ -249,7 +257,9 @@ class Learner:
         self._plan(groups)
         self._phase = "training"
         weights = [self._intake.staleness.weights(group, self._current) for group in groups]
-        metrics = self._describe(groups, weights) | self.trainer.train_step(groups, weights)
+        rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
+        metrics = describe_batch(rule, groups, weights, dropped, self._current)
+        metrics |= self.trainer.train_step(groups, weights)
         trained = time.monotonic()
         reach("step.trained")
         self.step += 1
@@ -270,7 +280,8 @@ class Learner:
     def _wait_for_batch(self) -> list[RolloutGroup] | None:
         """Wait for a whole batch; None when told to stop."""
         self._heard = time.monotonic()
-        self._intake.pump(self._current, 0.0)
+        with self._outages.ridden_out():
+            self._intake.pump(self._current, 0.0)
         while not self.controls.stop.is_set():
             if self.controls.checkpoint.is_set():
                 self._checkpoint()
@@ -329,6 +340,10 @@ class Learner:
         self.releases.tick()
         if self._attendance.due:
             self._actors()
+        with self._outages.ridden_out():
+            self._receive()
+
+    def _receive(self) -> None:
         if self._intake.pump(self._current, _POLL_S):
             self._heard = time.monotonic()
         elif time.monotonic() - self._heard > _SILENCE_S and self.controls.running.is_set():
@@ -340,6 +355,9 @@ class Learner:
             self._dispatcher.recover(self._intake.held)
             if self._evaluator is not None:
                 self._evaluator.recover()
+        if self._intake.altered:
+            self._intake.altered = False
+            log.warning("asked again for %d tasks", self._dispatcher.ask_again(self._intake.held))
 
     def _say_hello(self) -> None:
         say(self._fence, self.config.run.name, self._hello)
@@ -349,7 +367,8 @@ class Learner:
         # While steps are trained again, the newest version is ahead.
         behind = max(0, self._intake.staleness.lag(newest, current)) if newest else 0
         remaining = self.config.learner.steps - self.step
-        self._dispatcher.top_up(remaining, current=current, live=self._store.live(), behind=behind)
+        with self._outages.ridden_out():
+            self._dispatcher.top_up(remaining, current=current, live=self._store.live(), behind=behind)
 
     def _publish_if_due(self) -> None:
         if self.step % self.config.weights.publish_every == 0:
@@ -358,7 +377,8 @@ class Learner:
             return
         due = self._evaluator is not None and self.step % self.config.eval.every == 0
         if due and self._evaluator is not None and not self._evaluator.running:
-            self._evaluator.start(self._evaluable(), self.config.eval.max_prompts)
+            with self._outages.ridden_out():
+                self._evaluator.start(self._evaluable(), self.config.eval.max_prompts)
 
     def _publish(self) -> None:
         live = self._store.live()
@@ -405,19 +425,37 @@ class Learner:
         """Make all that has ended durable, then acknowledge it."""
         started = time.monotonic()
         self.controls.checkpoint.clear()
+        while not self._saved():
+            until = time.monotonic() + _DISK_RETRY_S
+            while time.monotonic() < until and not self.controls.stop.is_set():
+                self._listen()
+        reach("acknowledge.before")
+        with self._outages.ridden_out():
+            self._intake.acknowledge()
+            reach("acknowledge.after")
+            self._reader.forget({actor.id for actor in present(self._redis, self.config.run.name)})
+            self._say_hello()
+        self._checkpoint_seconds = time.monotonic() - started
+
+    def _saved(self) -> bool:
+        """Write the checkpoint; False, having said why, if the disk does not take it."""
         state = {
             "trainer": self.trainer.state(),
             "ledger": self._ledger.state(),
             "cursor": self._dispatcher.cursor,
             "history": self._history.state(),
         }
-        self._checkpoints.save(self.step, self.policy.model, self.trainer.optimizer, state)
-        reach("acknowledge.before")
-        self._intake.acknowledge()
-        reach("acknowledge.after")
-        self._reader.forget({actor.id for actor in present(self._redis, self.config.run.name)})
-        self._say_hello()
-        self._checkpoint_seconds = time.monotonic() - started
+        try:
+            self._checkpoints.save(self.step, self.policy.model, self.trainer.optimizer, state)
+        except CheckpointError as error:
+            if self.controls.stop.is_set():
+                raise
+            if self._disk_trouble is None:
+                log.error("%s; training waits, and nothing is acknowledged", error)
+            self._phase, self._disk_trouble = "waiting for disk", str(error)
+            return False
+        self._disk_trouble = None
+        return True
 
     def _evaluate_now(self, phase: str) -> float | None:
         """Publish, and wait for the accuracy of exactly these weights on the whole held-out set."""
@@ -427,7 +465,8 @@ class Learner:
         self._publish()
         self._publisher.wait()
         self._await_release()
-        self._evaluator.start(self._evaluable())
+        with self._outages.ridden_out():
+            self._evaluator.start(self._evaluable())
         while self._evaluator.running and not self.controls.stop.is_set():
             self._listen()
         return None if self._evaluator.running else self._history.accuracy
@@ -437,31 +476,6 @@ class Learner:
         if accuracy is not None:
             self._history.accuracy = accuracy
             log.info("held-out greedy accuracy at step %d: %.3f", self.step, accuracy)
-
-    def _describe(self, groups: Sequence[RolloutGroup], weights: Sequence[FloatArray]) -> dict[str, float]:
-        """The batch's own figures: reward, length, staleness, repetition."""
-        rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
-        rewards = np.concatenate([group.rewards for group in groups]).astype(np.float64)
-        lengths = np.concatenate([group.lengths for group in groups])
-        better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])
-        repeats = np.array(
-            [
-                repetition(tokens)
-                for group in groups
-                for tokens in np.split(group.token_ids, np.cumsum(group.lengths)[:-1])
-            ]
-        )
-        return {
-            "reward": float(rewards.mean()),
-            "reward_failed_fraction": float(np.concatenate([group.failed for group in groups]).mean()),
-            "truncated_fraction": float(
-                np.mean([r == "length" for group in groups for r in group.finish_reasons])
-            ),
-            "response_length": float(lengths.mean()),
-            "repetition_correct": float(repeats[better].mean()) if better.any() else 0.0,
-            "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
-            "tokens": float(lengths.sum()),
-        } | describe_staleness(rule, groups, weights, dropped, self._current)
 
     def _record(self, metrics: dict[str, float], rollouts: int) -> None:
         ended = self._intake.ended

@@ -8,10 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from aspo.config import Config
 from aspo.presence import ActorStatus
+from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
+from aspo_learner.batching import repetition
 from aspo_learner.policy import Policy
 from aspo_learner.publisher import Publisher
+from aspo_learner.staleness import StalenessRule, describe_staleness
 
 WARMUP_STEPS = 2  # waits of the first steps are the queue's filling, not the steady state
 
@@ -148,3 +153,34 @@ def plot_curves(steps: Sequence[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def describe_batch(
+    rule: StalenessRule,
+    groups: Sequence[RolloutGroup],
+    weights: Sequence[FloatArray],
+    dropped: Sequence[IntArray],
+    current: PolicyVersion,
+) -> dict[str, float]:
+    """A batch's own figures: reward, length, staleness, repetition."""
+    rewards = np.concatenate([group.rewards for group in groups]).astype(np.float64)
+    lengths = np.concatenate([group.lengths for group in groups])
+    better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])
+    repeats = np.array(
+        [
+            repetition(tokens)
+            for group in groups
+            for tokens in np.split(group.token_ids, np.cumsum(group.lengths)[:-1])
+        ]
+    )
+    return {
+        "reward": float(rewards.mean()),
+        "reward_failed_fraction": float(np.concatenate([group.failed for group in groups]).mean()),
+        "truncated_fraction": float(
+            np.mean([r == "length" for group in groups for r in group.finish_reasons])
+        ),
+        "response_length": float(lengths.mean()),
+        "repetition_correct": float(repeats[better].mean()) if better.any() else 0.0,
+        "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
+        "tokens": float(lengths.sum()),
+    } | describe_staleness(rule, groups, weights, dropped, current)

@@ -43,8 +43,17 @@ class FencedError(AspoError, RuntimeError):
     exit_code = 1
 
 
+class DataLostError(AspoError, RuntimeError):
+    """Redis has lost what it held of the run, the epoch too; `Fence.restore` goes on."""
+
+    exit_code = 1
+
+
 class Fence:
-    """The right to change a run, held by one learner at a time; safe from any thread."""
+    """The right to change a run, held by one learner at a time; safe from any thread.
+
+    `trouble` says why the lease could not be renewed the last time, None if it was: Redis takes no writes.
+    """
 
     def __init__(self, client: redis.Redis, run: str, folder: Path, owner: bytes) -> None:
         self._client, self._run, self._owner = client, run, owner
@@ -53,6 +62,7 @@ class Fence:
         self._epoch = 0
         self._left = threading.Event()
         self._lost: FencedError | None = None
+        self.trouble: str | None = None
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
     @classmethod
@@ -99,9 +109,9 @@ class Fence:
     ) -> list[Any]:
         """Run the commands that `queue` puts into a pipeline, all or none, under the highest epoch only.
 
-        Raises `FencedError`, nothing done, when there is a higher one. After a lost reply the commands are
-        sent again: they must bear it. `condition` is asked first and may watch keys of its own; if it
-        does not hold, nothing is done and the result is empty.
+        Raises `FencedError`, nothing done, when there is a higher one, and `DataLostError` when this one is
+        not known. After a lost reply the commands are sent again: they must bear it. `condition` is asked
+        first and may watch keys of its own; if it does not hold, nothing is done and the result is empty.
         """
         self.require()
         with self._client.pipeline(transaction=True) as pipeline:
@@ -110,14 +120,35 @@ class Fence:
                     pipeline.watch(self._epoch_key)
                     highest = int(pipeline.get(self._epoch_key) or 0)
                     self._refuse_below(highest)
+                    if highest < self._epoch:
+                        raise DataLostError(
+                            f"Redis does not know epoch {self._epoch} of run {self._run!r}; run it with "
+                            "--appendonly yes, and start the learner again if it has ended"
+                        )
                     if condition is not None and not condition(pipeline):
                         return []
                     pipeline.multi()
-                    if highest < self._epoch:  # Redis has lost data
-                        pipeline.set(self._epoch_key, self._epoch)
                     queue(pipeline)
                     replies: list[Any] = pipeline.execute(raise_on_error)
-                    return replies[1:] if highest < self._epoch else replies
+                    return replies
+                except redis.WatchError:
+                    continue
+
+    def restore(self) -> None:
+        """Take the run again, under the same epoch, in a Redis that has lost its data.
+
+        Raises `FencedError` if another learner has been quicker.
+        """
+        with self._client.pipeline(transaction=True) as pipeline:
+            while True:
+                try:
+                    pipeline.watch(self._epoch_key)
+                    self._refuse_below(int(pipeline.get(self._epoch_key) or 0))
+                    pipeline.multi()
+                    pipeline.set(self._epoch_key, self._epoch)
+                    pipeline.set(self._lease_key, self._owner, px=int(LEASE_S * 1000))
+                    pipeline.execute()
+                    return
                 except redis.WatchError:
                     continue
 
@@ -125,7 +156,7 @@ class Fence:
         """Give the run up, so that the next learner need not wait."""
         self._left.set()
         self._thread.join()
-        with contextlib.suppress(FencedError, redis.RedisError):
+        with contextlib.suppress(FencedError, DataLostError, redis.RedisError):
             if self._client.get(self._lease_key) == self._owner:
                 self.execute(lambda pipeline: pipeline.delete(self._lease_key))
 
@@ -146,11 +177,12 @@ class Fence:
         while not self._left.wait(LEASE_S / 3):
             try:
                 self.execute(lambda p: p.set(self._lease_key, self._owner, px=int(LEASE_S * 1000)))
+                self.trouble = None
             except FencedError as error:
                 log.error("%s", error)
                 return
-            except redis.RedisError as error:
-                log.debug("lease not renewed: %s", error)
+            except (DataLostError, redis.RedisError) as error:
+                self.trouble = f"Redis cannot be written to: {error}"
 
     def _raise_epoch(self, floor: int) -> int:
         with self._client.pipeline(transaction=True) as pipeline:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import redis
-from redis.backoff import ExponentialBackoff
+from redis.backoff import ExponentialBackoff, NoBackoff
 from redis.client import Pipeline
 from redis.retry import Retry
 
@@ -68,6 +68,18 @@ def connect(url: str, *, retries: int = 5) -> redis.Redis:
             f"no Redis at {url_without_password(url)} ({error}); start redis-server or set redis.url"
         ) from None
     return client
+
+
+def group_is_lost(error: Exception) -> bool:
+    """Whether a command failed because a stream or its group is gone: Redis has lost data."""
+    return "NOGROUP" in str(error)
+
+
+def refuses_writes(error: Exception) -> bool:
+    """Whether a command failed because Redis takes no writes for now: memory or disk full, or a replica."""
+    if isinstance(error, redis.OutOfMemoryError | redis.ReadOnlyError):
+        return True
+    return isinstance(error, redis.ResponseError) and "MISCONF" in str(error)
 
 
 def fault_of(url: str, timeout_s: float = 0.5) -> str | None:
@@ -153,7 +165,20 @@ class TaskQueue:
                 raise reply
 
     def claim(self, consumer: str, *, count: int, block_ms: int | None = None) -> list[Claim]:
-        """Take up to `count` tasks, abandoned ones first; waits `block_ms` when there are none."""
+        """Take up to `count` tasks, abandoned ones first; waits `block_ms` when there are none.
+
+        There are none either in a Redis that has lost them: until the learner asks for them again.
+        """
+        try:
+            return self._claim(consumer, count, block_ms)
+        except redis.ResponseError as error:
+            if not group_is_lost(error):
+                raise
+        for stream in self._streams.values():
+            _ensure_group(self._redis, stream)
+        return []
+
+    def _claim(self, consumer: str, count: int, block_ms: int | None) -> list[Claim]:
         claims: list[Claim] = []
         for purpose in reversed(PURPOSES):
             stream = self._streams[purpose]
@@ -257,6 +282,7 @@ class RolloutReader:
         self, client: redis.Redis, run: str, *, consumer: str = "learner", fence: Fence | None = None
     ) -> None:
         self._redis, self._fence = client, fence
+        self._unretried = _without_retries(client)
         self._consumer = consumer
         self._registry, _ = rollout_keys(run, "")
         self._quarantine = f"aspo:{run}:quarantine"
@@ -271,14 +297,22 @@ class RolloutReader:
                 return replayed
         if not self._known:
             return []
-        reply = self._redis.xreadgroup(
-            GROUP, self._consumer, dict.fromkeys(self._known, ">"), count=count, block=block_ms
-        )
+        try:
+            reply = self._unretried.xreadgroup(
+                GROUP, self._consumer, dict.fromkeys(self._known, ">"), count=count, block=block_ms
+            )
+        except (redis.ConnectionError, redis.TimeoutError):
+            self.replay()  # what a lost reply held is no longer new
+            return []
         return [delivery for stream, entries in reply or [] for delivery in _deliveries(stream, entries)]
 
     def replay(self) -> None:
         """Have `read` return everything unacknowledged again: a reply may have been lost on its way here."""
         self._replay = dict.fromkeys(self._known, b"0")
+
+    def forget_all(self) -> None:
+        """Know no stream any more, for Redis has lost them; `read` finds those that come anew."""
+        self._known, self._replay = set(), {}
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """Give up rollouts that a durable checkpoint covers, and free them."""
@@ -366,6 +400,13 @@ def _deliveries(stream: bytes, entries: list[tuple[bytes, dict[bytes, bytes]]]) 
 
 def _actor_of(stream: bytes) -> str:
     return stream.rpartition(b":")[2].decode(errors="replace")
+
+
+def _without_retries(client: redis.Redis) -> redis.Redis:
+    """The same Redis for commands that must not be sent again unnoticed."""
+    pool = client.connection_pool
+    options = pool.connection_kwargs | {"retry": Retry(NoBackoff(), 0)}
+    return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **options))
 
 
 def _ensure_group(client: redis.Redis, stream: Any) -> None:

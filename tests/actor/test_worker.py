@@ -140,6 +140,30 @@ async def test_every_task_becomes_one_stored_group(
     assert worker.tokens == 10 * 4 * 2
 
 
+async def test_a_worker_goes_on_when_redis_has_lost_its_tasks(
+    config: Config, client: redis.Redis, run: str, scorer: Scorer
+) -> None:
+    """Row 8, the actor's side: it holds one task when all is lost, and takes those asked for again."""
+    engine = StubEngine()
+    engine.gate.clear()
+    put_tasks(client, run, 1)
+    worker = make_worker(config, client, scorer, engine)
+    working = asyncio.create_task(worker.run())
+    await until(lambda: engine.requests == 1)
+    client.delete(*client.keys(f"aspo:{run}:*"))
+    engine.gate.set()
+    await until(lambda: worker.groups == 1)
+    await until(lambda: client.exists(f"aspo:{run}:tasks:train"))
+    put_tasks(client, run, 3)
+    await until(lambda: worker.groups == 4)
+    await worker.drain(5)
+    await working
+    uids = {
+        group.uid for group in (decode_group(d.payload) for d in RolloutReader(client, run).read(count=9))
+    }
+    assert uids == {f"{run}:train:{i}" for i in range(3)}
+
+
 async def test_no_more_is_claimed_than_the_engine_has_places_for(
     config: Config, client: redis.Redis, run: str, scorer: Scorer
 ) -> None:

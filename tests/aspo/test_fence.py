@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from aspo import fence as fencing
-from aspo.fence import LEASE_S, Fence, FencedError, RunTakenError
+from aspo.fence import LEASE_S, DataLostError, Fence, FencedError, RunTakenError
 
 
 @pytest.fixture
@@ -124,6 +124,10 @@ def test_of_two_that_take_over_at_once_one_holds_the_run(
 def test_the_epoch_outlives_the_loss_of_redis(client: redis.Redis, run: str, tmp_path: Path) -> None:
     fence = Fence.acquire(client, run, tmp_path)
     client.delete(f"aspo:{run}:epoch", f"aspo:{run}:lease")
+    with pytest.raises(DataLostError):
+        fence.execute(lambda pipeline: pipeline.set(f"aspo:{run}:x", 1))
+    assert client.get(f"aspo:{run}:x") is None
+    fence.restore()
     assert fence.execute(lambda pipeline: pipeline.set(f"aspo:{run}:x", 1)) == [True]
     assert client.get(f"aspo:{run}:epoch") == b"1"
     fence.release()
@@ -132,6 +136,16 @@ def test_the_epoch_outlives_the_loss_of_redis(client: redis.Redis, run: str, tmp
     assert later.epoch == 2
     assert later.advance() == 3
     later.release()
+
+
+def test_who_takes_the_run_first_after_a_loss_keeps_it(client: redis.Redis, run: str, tmp_path: Path) -> None:
+    fence = Fence.acquire(client, run, tmp_path)
+    client.delete(f"aspo:{run}:epoch", f"aspo:{run}:lease")
+    quicker = Fence.acquire(client, run, tmp_path)
+    with pytest.raises(FencedError):
+        fence.restore()
+    quicker.release()
+    fence.release()
 
 
 def test_the_lease_is_renewed(

@@ -9,7 +9,7 @@ import torch
 
 from aspo.config import ConfigError
 from aspo.queue import QUARANTINE_LENGTH
-from aspo_learner.checkpoint import Checkpoints
+from aspo_learner.checkpoint import CheckpointError, Checkpoints
 from aspo_learner.ledger import Ledger
 from aspo_learner.policy import Policy
 from aspo_learner.trainer import Trainer
@@ -106,7 +106,7 @@ def test_saving_a_step_again_keeps_the_first_until_the_second_is_whole(
 
     with monkeypatch.context() as patch:
         patch.setattr("aspo_learner.checkpoint.os.replace", no_space)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(CheckpointError, match="No space"):
             checkpoints.save(4, trainer.policy.model, trainer.optimizer, {"mark": "second"})
     for mark in ("first", "third"):
         state = checkpoints.load(trainer.policy.model, trainer.optimizer)

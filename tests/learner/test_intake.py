@@ -203,6 +203,48 @@ def test_poison_is_set_aside_with_its_reason(
     assert fields[b"reason"].decode().startswith(reason)
 
 
+def test_an_altered_rollout_is_asked_for_again_once(
+    new_intake: Callable[..., Intake], client: redis.Redis, run: str, model: Any
+) -> None:
+    """An actor whose answers are altered every time must not keep a task open for ever."""
+    uid, ledger = task_uid(run, "train", 0), Ledger()
+    frame = bytearray(encode_group(make_group(model, uid=uid, version=f"{run}/1/5", seed=0)))
+    frame[-30] ^= 1
+    intake, writer = new_intake(ledger), RolloutWriter(client, run, "actor")
+    writer.put(uid, bytes(frame))
+    intake.pump(current(run), 0.01)
+    assert intake.altered
+    assert 0 not in ledger
+    writer.put(uid, bytes(frame))
+    intake.pump(current(run), 0.01)
+    assert 0 in ledger
+    assert intake.ended == {"undecodable": 2}
+
+
+def test_what_redis_lost_is_trained_from_memory_and_acknowledges_nothing_new(
+    new_intake: Callable[..., Intake],
+    send: Callable[..., RolloutGroup],
+    client: redis.Redis,
+    run: str,
+    model: Any,
+) -> None:
+    """An entry that came after the loss may have the id of one from before it."""
+    intake = new_intake()
+    first = send(0)
+    intake.pump(current(run), 0.01)
+    client.delete(*client.keys(f"aspo:{run}:*"))
+    intake.forget_deliveries()
+    writer = RolloutWriter(client, run, "actor")
+    second = make_group(model, uid=task_uid(run, "train", 1), version=f"{run}/1/5", seed=1)
+    writer.put(second.uid, encode_group(second))
+    batch = intake.take(1, current(run))
+    assert batch is not None
+    assert batch[0].uid == first.uid
+    intake.acknowledge()
+    intake.pump(current(run), 0.01)
+    assert intake.held == {1}
+
+
 def test_bytes_that_are_no_group_are_set_aside(
     new_intake: Callable[..., Intake], client: redis.Redis, run: str
 ) -> None:
