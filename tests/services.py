@@ -16,18 +16,41 @@ from aspo_cli.processes import free_port, redis_command, wait_for_port
 from forking import QUIET, forkserver
 
 
+class RedisServer:
+    """A real redis-server as the demo runs it, but for the options; it may be killed and started again."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port, self._log = free_port(), folder / "log"
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._command = [*redis_command(folder, self.port), *options]
+        self.start()
+
+    def start(self) -> None:
+        """Start it, on the same port and with what it finds in its folder."""
+        with self._log.open("ab") as log:
+            # Signals stay ignored as Python ignores them: a file size limit is to fail writes, not to kill.
+            self.process = subprocess.Popen(self._command, stdout=log, stderr=log, restore_signals=False)
+        assert wait_for_port(self.port, 10.0), self._log.read_text()
+
+    def kill(self) -> None:
+        """End it as kill -9 does."""
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> None:
+        """End it in order."""
+        self.process.terminate()
+        self.process.wait(10)
+
+
 @contextmanager
 def redis_server(folder: Path, *options: str) -> Iterator[str]:
-    """Run a real redis-server as the demo does, but for the options; gives its URL."""
-    port = free_port()
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen([*redis_command(folder, port), *options], stdout=log, stderr=log)
+    """Run a `RedisServer`; gives its URL."""
+    server = RedisServer(folder, *options)
     try:
-        assert wait_for_port(port, 10.0), (folder / "log").read_text()
-        yield f"redis://127.0.0.1:{port}/0"
+        yield server.url
     finally:
-        server.terminate()
-        server.wait(10)
+        server.stop()
 
 
 class Service:
