@@ -90,14 +90,13 @@ class Checkpoints:
         return None
 
     def _put_in_place(self, partial: Path, step: int) -> Path:
-        with self._commit():
-            target = self._new_name(step)
-            os.replace(partial, target)
-            _sync(self._folder)
-            reach("checkpoint.renamed")
-            older = [path for path in self._all() if path < target]
-            for old in older[: max(0, len(older) - self._keep + 1)]:
-                shutil.rmtree(old, ignore_errors=True)
+        target = self._new_name(step)
+        os.replace(partial, target)
+        _sync(self._folder)
+        reach("checkpoint.renamed")
+        older = [path for path in self._all() if path < target]
+        for old in older[: max(0, len(older) - self._keep + 1)]:
+            shutil.rmtree(old, ignore_errors=True)
         return target
 
     def _new_name(self, step: int) -> Path:
