@@ -7,7 +7,6 @@ The order is train -> durable checkpoint -> acknowledge; publishing may run ahea
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import sys
@@ -33,12 +32,13 @@ from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.checkpoint import CheckpointError, Checkpoints
 from aspo_learner.data import Prompt, load_prompts
-from aspo_learner.dispatcher import Dispatcher, task_index
+from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
 from aspo_learner.outages import Outages
+from aspo_learner.planner import Planner
 from aspo_learner.policy import Policy, pick_device
 from aspo_learner.publisher import Publisher
 from aspo_learner.releases import Releases
@@ -85,14 +85,12 @@ class Learner:
         )
         self.releases = Releases(self._store, self.leases, config.canary)
         self._checkpoints = Checkpoints(fence.folder / "checkpoints", keep=config.learner.keep_checkpoints)
-        self._journal = Journal(fence.folder / "plan.jsonl")
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
         self._checkpoint_seconds = 0.0
         self._disk_trouble: str | None = None
         self._ledger, cursor = self._restore()
-        self._retraining_until = self.step
         self._publisher = self._new_publisher()
         self._connect_queues(prompts, held_out, cursor)
 
@@ -101,9 +99,7 @@ class Learner:
         app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
         with Server(app, self._listener, self._tls, probes=self._probes) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
-            while self._intake.pump(self._current, 0.0):
-                pass  # what a former learner left unacknowledged
-            self._resume_plan()
+            self._planner.resume(self._current)
             self._publish()
             self._publisher.wait()
             self._say_hello()
@@ -195,7 +191,8 @@ class Learner:
         self._tasks = TaskQueue(
             self._redis, config.run.name, lease_s=config.redis.task_lease_s, fence=self._fence
         )
-        cursor = max(cursor, self._journal.cursor)
+        journal = Journal(self._fence.folder / "plan.jsonl")
+        cursor = max(cursor, journal.cursor)
         self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
         self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
         self._hello = own_hello(config, file_refs(self.policy.published_files()))
@@ -228,6 +225,7 @@ class Learner:
         self._outages = Outages(
             config, self._redis, self._fence, self._tasks, self._dispatcher, self._evaluator, self._intake
         )
+        self._planner = Planner(journal, self._intake, self._ledger, self.step)
 
     def _finished(self) -> bool:
         """Whether to stop; says why."""
@@ -254,7 +252,7 @@ class Learner:
             return
         taken = time.monotonic()
         reach("step.read")
-        self._plan(groups)
+        self._planner.write(self.step + 1, groups)
         self._phase = "training"
         weights = [self._intake.staleness.weights(group, self._current) for group in groups]
         rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
@@ -286,7 +284,7 @@ class Learner:
             if self.controls.checkpoint.is_set():
                 self._checkpoint()
             if self.controls.running.is_set():
-                batch = self._take()
+                batch = self._planner.take(self.config.learner.batch_prompts, self._current)
                 if batch is not None:
                     return batch
             self._dispatch()
@@ -294,45 +292,6 @@ class Learner:
             self._phase = waiting if self.controls.running.is_set() else "paused"
             self._listen()
         return None
-
-    def _take(self) -> list[RolloutGroup] | None:
-        """Take the batch that the next step is planned on or, without a plan, the oldest there is."""
-        planned = self._journal.planned(self.step + 1)
-        if planned is not None and not self._ledger.isdisjoint(planned):
-            log.error("step %d cannot be trained as it was: one of its rollouts is unusable", self.step + 1)
-            self._journal.forget_from(self.step + 1)
-            self._branch_off(self.step)
-            planned = None
-        if planned is not None:
-            return self._intake.take_planned(planned)
-        return self._intake.take(self.config.learner.batch_prompts, self._current)
-
-    def _plan(self, groups: Sequence[RolloutGroup]) -> None:
-        indices = [task_index(group.uid, self.config.run.name, "train") for group in groups]
-        self._journal.write(self.step + 1, [index for index in indices if index is not None])
-        reach("step.planned")
-
-    def _resume_plan(self) -> None:
-        """See whether the steps after the checkpoint can be trained again from the very same rollouts.
-
-        If so, their versions come out as they were, and what was published of them stays as it is.
-        """
-        steps = range(self.step + 1, self._journal.last + 1)
-        planned = {index for step in steps for index in self._journal.planned(step) or ()}
-        if not planned:
-            return
-        self._dispatcher.cursor = max(self._dispatcher.cursor, max(planned) + 1)  # Redis may have forgotten
-        if planned <= self._intake.held:
-            log.info("training steps %d to %d again, from the same rollouts", steps[0], steps[-1])
-            self._branch_off(steps[-1])
-        else:
-            lost = len(planned - self._intake.held)
-            log.warning("%d rollouts of steps %d to %d are asked for again", lost, steps[0], steps[-1])
-
-    def _branch_off(self, step: int) -> None:
-        """Take what earlier epochs did beyond `step` for lost; up to there it is, or is made, the same."""
-        self._retraining_until = step
-        self._intake.staleness = dataclasses.replace(self._intake.staleness, branch=step)
 
     def _listen(self) -> None:
         """Take in what arrives; after a long silence say so, and ask again for what may have been lost."""
@@ -373,7 +332,7 @@ class Learner:
     def _publish_if_due(self) -> None:
         if self.step % self.config.weights.publish_every == 0:
             self._publish()
-        if self.step < self._retraining_until:
+        if self.step < self._planner.retraining_until:
             return
         due = self._evaluator is not None and self.step % self.config.eval.every == 0
         if due and self._evaluator is not None and not self._evaluator.running:
@@ -382,7 +341,7 @@ class Learner:
 
     def _publish(self) -> None:
         live = self._store.live()
-        if self.step < self._retraining_until and live is not None:
+        if self.step < self._planner.retraining_until and live is not None:
             self._history.weight_version = str(live)  # newer than this, and no less true
             return
         version = self._publisher.publish(self.step)
@@ -413,8 +372,7 @@ class Learner:
         self.policy.load_published(self._store.state(version).tensors)
         self.trainer.optimizer.state.clear()
         self._fence.advance()
-        self._journal.forget_from(self.step + 1)
-        self._branch_off(self.step)
+        self._planner.forget_after(self.step)
         self._publisher = self._new_publisher()
         self.releases.branch_off(version)
         self._publish()
