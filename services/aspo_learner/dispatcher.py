@@ -59,8 +59,7 @@ class Dispatcher:
         trained once.
         """
         missing = [index for index in self._ledger.missing_below(self.cursor) if index not in held]
-        self._queue.reset("train")
-        self._queue.put(self._task(index) for index in missing)
+        self._queue.reset("train", [self._task(index) for index in missing], next_index=self.cursor)
         return len(missing)
 
     def recover(self, held: Collection[int]) -> None:

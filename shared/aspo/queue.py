@@ -140,25 +140,34 @@ class TaskQueue:
         for stream in self._streams.values():
             _ensure_group(client, stream)
 
-    def reset(self, purpose: Purpose) -> None:
-        """Forget all tasks of a purpose, for a learner that asks anew for what is still missing."""
+    def reset(self, purpose: Purpose, tasks: Sequence[Task] = (), *, next_index: int = 0) -> None:
+        """Put these tasks in the place of all of a purpose; the others below `next_index` have been put, too.
+
+        For a learner that asks anew for what is still missing.
+        """
         stream = self._streams[purpose]
 
         def commands(pipeline: Pipeline) -> None:
             pipeline.delete(stream)
             pipeline.xgroup_create(stream, GROUP, id="0", mkstream=True)
+            for task in tasks:
+                pipeline.xadd(*_entry(stream, task))
+            if next_index > max((task.index + 1 for task in tasks), default=0):
+                # An entry that comes and goes leaves its id as the stream's last.
+                pipeline.xadd(stream, {"task": b""}, id=_task_id(next_index - 1))
+                pipeline.xdel(stream, _task_id(next_index - 1))
 
         _execute(self._redis, self._fence, commands)
 
     def put(self, tasks: Iterable[Task]) -> None:
         """Store tasks in ascending index order; a task whose index is already stored is left as it is."""
-        entries = [(self._streams[t.purpose], {"task": encode_task(t)}, f"0-{t.index + 1}") for t in tasks]
+        entries = [_entry(self._streams[task.purpose], task) for task in tasks]
         if not entries:
             return
 
         def commands(pipeline: Pipeline) -> None:
-            for stream, fields, entry_id in entries:
-                pipeline.xadd(stream, fields, id=entry_id)
+            for entry in entries:
+                pipeline.xadd(*entry)
 
         for reply in _execute(self._redis, self._fence, commands, raise_on_error=False):
             if isinstance(reply, Exception) and _STALE_ID not in str(reply):
@@ -206,7 +215,7 @@ class TaskQueue:
         _acknowledge(self._redis, ((claim.stream, claim.entry_id) for claim in claims))
 
     def next_index(self, purpose: Purpose) -> int:
-        """The lowest index above those of all tasks put since the last reset."""
+        """The lowest index above those of all tasks put."""
         last = self._redis.xinfo_stream(self._streams[purpose])["last-generated-id"]
         return int(last.decode().partition("-")[2])
 
@@ -235,6 +244,14 @@ class TaskQueue:
         for claim in claims:
             pipeline.xclaim(claim.stream, GROUP, consumer, 0, [claim.entry_id], idle=idle_ms, justid=True)
         pipeline.execute()
+
+
+def _entry(stream: bytes, task: Task) -> tuple[bytes, dict[str, bytes], str]:
+    return stream, {"task": encode_task(task)}, _task_id(task.index)
+
+
+def _task_id(index: int) -> str:
+    return f"0-{index + 1}"
 
 
 def rollout_keys(run: str, actor: str) -> tuple[str, str]:
@@ -287,7 +304,7 @@ class RolloutReader:
         self._registry, _ = rollout_keys(run, "")
         self._quarantine = f"aspo:{run}:quarantine"
         self._replay: dict[bytes, bytes] = {}
-        self._known: set[bytes] = set()
+        self._known: list[bytes] = []
 
     def read(self, *, count: int, block_ms: int | None = None) -> list[Delivery]:
         """Return up to `count` rollouts per stream, first those that a former learner left pending."""
@@ -368,9 +385,10 @@ class RolloutReader:
         return sum(int(self._redis.xlen(stream)) for stream in self._known)
 
     def _discover(self) -> None:
-        for stream in self._redis.smembers(self._registry) - self._known:
+        # In order, so that one run of a learner is as the next.
+        for stream in sorted(self._redis.smembers(self._registry).difference(self._known)):
             _ensure_group(self._redis, stream)
-            self._known.add(stream)
+            self._known.append(stream)
             self._replay[stream] = b"0"
 
     def _read_pending(self, count: int) -> list[Delivery]:

@@ -46,6 +46,17 @@ def test_a_task_put_twice_is_claimed_once(client: redis.Redis, run: str) -> None
     assert queue.claim("b", count=10) == []
 
 
+def test_what_was_asked_counts_as_asked_whatever_is_asked_again(client: redis.Redis, run: str) -> None:
+    queue = TaskQueue(client, run)
+    queue.put(make_task(run, index) for index in range(4))
+    queue.reset("train", [make_task(run, 1)], next_index=4)
+    assert queue.next_index("train") == 4, "a second successor would take answers to the rest for unasked"
+    queue.put([make_task(run, 3), make_task(run, 4)])
+    assert [claim.task.index for claim in queue.claim("a", count=10)] == [1, 4]
+    queue.reset("train")
+    assert queue.next_index("train") == 0
+
+
 def test_evaluation_tasks_go_first(client: redis.Redis, run: str) -> None:
     queue = TaskQueue(client, run)
     queue.put([make_task(run, 0), make_task(run, 0, "eval")])
