@@ -106,8 +106,15 @@ class Trims(RolloutWriter):
 class Unwritten(Journal):
     """Plans nothing."""
 
-    def write(self, step: int, tasks: Sequence[int]) -> None:
+    def write(self, step: int, tasks: Sequence[int], entries: Sequence[str] = ()) -> None:
         pass
+
+
+class Unnamed(Journal):
+    """Notes which tasks were trained, and not which of their answers."""
+
+    def write(self, step: int, tasks: Sequence[int], entries: Sequence[str] = ()) -> None:
+        super().write(step, tasks)
 
 
 class BeginsAnew(Journal):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,9 +45,10 @@ class Asker(Protocol):
 class Intake:
     """Turns deliveries into batches of fresh, valid, unseen rollout groups.
 
-    `on_eval` gets the groups of evaluation tasks; `ended` counts, by reason, the groups not trained on.
-    `altered` is set when a rollout no longer matched its digest, whose task is to be asked again: once, for a
-    second such answer ends it as any unusable one does.
+    `on_eval` gets the groups of evaluation tasks; `ended` counts, by reason, the groups not trained on. Of a
+    task's answers the first counts, unless `chosen` names the entry of another; `taken` names those of the
+    batch given last. `altered` is set when a rollout no longer matched its digest, whose task is to be asked
+    again: once, for a second such answer ends it as any unusable one does.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class Intake:
         self._held: set[int] = set()
         self._deliveries: dict[int, Delivery] = {}
         self._done: list[Delivery] = []
+        self.chosen: Mapping[int, str] = {}
+        self.taken: dict[int, str] = {}
         self.ended: Counter[str] = Counter()
         self._dropped: list[IntArray] = []
         self._altered: set[int] = set()
@@ -111,12 +114,8 @@ class Intake:
         self._ready = deque(sorted(self._ready, key=lambda item: item[0]))
         if len(self._ready) < count:
             return None
-        batch = []
-        for _ in range(count):
-            index, group = self._ready.popleft()
-            self._end(index)
-            batch.append(group)
-        return batch
+        items = [self._ready.popleft() for _ in range(count)]
+        return self._give(items)
 
     def take_planned(self, indices: Sequence[int]) -> list[RolloutGroup] | None:
         """Give the groups of just these tasks, in this order, however stale; None while one is missing."""
@@ -124,9 +123,7 @@ class Intake:
             return None
         planned, groups = set(indices), dict(self._ready)
         self._ready = deque(item for item in self._ready if item[0] not in planned)
-        for index in indices:
-            self._end(index)
-        return [groups[index] for index in indices]
+        return self._give([(index, groups[index]) for index in indices])
 
     def dropped_lengths(self) -> list[IntArray]:
         """The [G] response lengths of each group dropped for staleness since the last call."""
@@ -177,13 +174,33 @@ class Intake:
             self._set_aside(delivery, "not-as-asked")
         elif index in self._held and index not in self._deliveries:
             self._deliveries[index] = delivery  # what Redis had lost is stored again
-        elif index in self._held or (index in self._ledger and not self._ledger.reopen(index)):
-            self.ended["duplicate"] += 1
-            self._done.append(delivery)
+        elif self._is_duplicate(index, delivery):
+            self._count_duplicate(delivery)
         else:
-            self._held.add(index)
-            self._deliveries[index] = delivery
-            self._ready.append((index, group))
+            self._hold(index, delivery, group)
+
+    def _is_duplicate(self, index: int, delivery: Delivery) -> bool:
+        if index in self._held:
+            return self.chosen.get(index) != _entry_name(delivery)
+        return index in self._ledger and not self._ledger.reopen(index)
+
+    def _hold(self, index: int, delivery: Delivery, group: RolloutGroup) -> None:
+        if index in self._held:
+            self._count_duplicate(self._deliveries[index])
+            self._ready = deque(item for item in self._ready if item[0] != index)
+        self._held.add(index)
+        self._deliveries[index] = delivery
+        self._ready.append((index, group))
+
+    def _count_duplicate(self, delivery: Delivery) -> None:
+        self.ended["duplicate"] += 1
+        self._done.append(delivery)
+
+    def _give(self, items: Sequence[tuple[int, RolloutGroup]]) -> list[RolloutGroup]:
+        self.taken = {index: _entry_name(self._deliveries[index]) for index, _ in items}
+        for index, _ in items:
+            self._end(index)
+        return [group for _, group in items]
 
     def _drop_stale(self, current: PolicyVersion) -> None:
         fresh: deque[tuple[int, RolloutGroup]] = deque()
@@ -216,3 +233,8 @@ class Intake:
             else:
                 self._ledger.set_aside(index)
         self._on_lost_eval(delivery.uid)
+
+
+def _entry_name(delivery: Delivery) -> str:
+    actor = delivery.stream.rpartition(b":")[2]
+    return f"{actor.decode(errors='replace')}/{delivery.entry_id.decode()}"

@@ -31,6 +31,7 @@ class Planner:
 
         If so, their versions come out as they were, and what was published of them stays as it is.
         """
+        self._intake.chosen = self._journal.entries_after(current.step)
         while self._intake.pump(current, 0.0):
             pass
         steps = range(current.step + 1, self._journal.last + 1)
@@ -61,8 +62,9 @@ class Planner:
 
     def write(self, step: int, groups: Sequence[RolloutGroup]) -> None:
         """Note durably that `step` trains on these groups."""
-        indices = [task_index(group.uid, self._intake.limits.run, "train") for group in groups]
-        self._journal.write(step, [index for index in indices if index is not None])
+        named = (task_index(group.uid, self._intake.limits.run, "train") for group in groups)
+        indices = [index for index in named if index is not None]
+        self._journal.write(step, indices, [self._intake.taken[index] for index in indices])
         reach("step.planned")
 
     def forget_after(self, step: int) -> None:

@@ -35,7 +35,7 @@ from aspo.queue import Claim, RolloutWriter, TaskQueue, connect
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.weights.store import WeightStore
 from aspo_learner.dispatcher import task_uid
-from mutants import MUTANTS
+from mutants import MUTANTS, Unnamed
 from protocol import (
     CHECKPOINT_EVERY,
     Durable,
@@ -260,10 +260,6 @@ class Protocol(RuleBasedStateMachine):
         self.check_history()
         self.check_rollouts()
         self.check_versions()
-        ended = self.learner.ledger if self.learner else self.now.ledger
-        asked = [index for index in self.now.tasks if index not in ended]
-        bound = self.limit + len(self.poison)  # an unusable answer frees a place; a usable one may yet come
-        self.require("I9", len(asked) <= bound, "more tasks are waiting than there may be")
 
     def check_history(self) -> None:
         now, before = self.now, self.before
@@ -289,8 +285,12 @@ class Protocol(RuleBasedStateMachine):
         for index in now.indices(uid for entry, uid in good.items() if entry in gone) - waiting:
             self.require("I2", index in ledger, "a rollout was acknowledged that nothing durable knows of")
         self.require("I6", set(now.quarantined) <= set(self.poison.values()), "good ones were quarantined")
-        bound = self.limit + len(self.poison) + CHECKPOINT_EVERY * self.config.learner.batch_prompts
+        bound = self.limit + len(self.poison)  # an unusable answer frees a place; a usable one may yet come
+        ended = self.learner.ledger if self.learner else ledger
+        asked = [index for index in now.tasks if index not in ended and index not in waiting]
+        self.require("I9", len(asked) <= bound, "more tasks are waiting than there may be")
         held = [index for index in waiting if index not in ledger]
+        bound += CHECKPOINT_EVERY * self.config.learner.batch_prompts
         self.require("I9", len(held) <= bound, "more rollouts are waiting than there may be")
 
     def check_versions(self) -> None:
@@ -391,3 +391,34 @@ def test_every_promise_is_kept_for_long(client: redis.Redis, config: Config) -> 
 def test_a_broken_rule_is_caught(client: redis.Redis, config: Config, parts: Parts, broken: str) -> None:
     with pytest.raises(AssertionError, match=f"^{broken}: "):
         drive(client, config, parts, settings(SETTINGS, max_examples=400))
+
+
+def answer_twice(client: redis.Redis, config: Config, parts: Parts) -> None:
+    """Train on one actor's answers, crash once another's have come, and begin again."""
+    run = Protocol(client, config, parts)
+    run.learner_goes_on(6)
+    run.all_is_well()
+    run.actor_claims("b", 2)
+    run.leases_run_out()
+    run.actor_claims("a", 2)
+    for which in (0, 1):
+        run.actor_stores(which, twice=False)
+    while not run.trained:
+        run.learner_goes_on(1)
+    for which in (2, 3):
+        run.actor_stores(which, twice=False)
+    run.learner_goes_on(9)
+    run.all_is_well()
+    run.learner_crashes()
+    run.successor_starts()
+    run.learner_goes_on(20)
+    run.all_is_well()
+    run.teardown()
+
+
+def test_a_step_is_trained_again_on_the_very_answers_it_was_trained_on(
+    client: redis.Redis, config: Config
+) -> None:
+    answer_twice(client, config, Parts())
+    with pytest.raises(AssertionError, match="I7: other rollouts were trained"):
+        answer_twice(client, config, Parts(journal=Unnamed))
