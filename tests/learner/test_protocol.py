@@ -362,7 +362,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 SETTINGS = settings(
-    max_examples=20,
+    max_examples=12,
     stateful_step_count=60,
     derandomize=True,
     database=None,
