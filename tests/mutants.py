@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,39 +17,48 @@ from aspo_learner.ledger import Ledger
 from protocol import Parts, ToyFence, ToyLearner
 
 
+def stay(fence: Fence) -> None:
+    """Have every learner write to the same folder."""
+    fence.folder = fence.folder / "state-0"
+    fence.folder.mkdir(exist_ok=True)
+
+
 class Unfenced(ToyFence):
     """Nothing is checked."""
 
-    def execute(self, queue: Callable[[Pipeline], Any], *, raise_on_error: bool = True) -> list[Any]:
+    def execute(self, queue: Callable[[Pipeline], Any], **options: Any) -> list[Any]:
         with self._client.pipeline(transaction=True) as pipeline:
             queue(pipeline)
-            return list(pipeline.execute(raise_on_error))
+            return list(pipeline.execute(options.get("raise_on_error", True)))
 
-    @contextlib.contextmanager
-    def commit(self) -> Iterator[None]:
-        yield
+    def _take_folder(self) -> None:
+        stay(self)
 
 
 class ChecksRedisThenActs(ToyFence):
     """Asks Redis for the epoch, and then acts without WATCH."""
 
-    def execute(self, queue: Callable[[Pipeline], Any], *, raise_on_error: bool = True) -> list[Any]:
+    def execute(self, queue: Callable[[Pipeline], Any], **options: Any) -> list[Any]:
         self._refuse_below(int(self._client.get(self._epoch_key) or 0))
         self.on_gap()
         with self._client.pipeline(transaction=True) as pipeline:
             queue(pipeline)
-            return list(pipeline.execute(raise_on_error))
+            return list(pipeline.execute(options.get("raise_on_error", True)))
 
 
-class ChecksFolderThenActs(ToyFence):
-    """Asks the folder for the epoch under its lock, and then acts without."""
+class StaysInPlace(ToyFence):
+    """Does not move the folder."""
 
-    @contextlib.contextmanager
-    def commit(self) -> Iterator[None]:
-        with Fence.commit(self):
-            pass
-        self.on_gap()
-        yield
+    def _take_folder(self) -> None:
+        stay(self)
+
+
+class ChecksThenWrites(ToyLearner):
+    """Asks Redis for the epoch before it writes, and then writes in a folder that stays where it is."""
+
+    def checkpoint(self) -> None:
+        self.fence.execute(lambda pipeline: pipeline.ping())
+        super().checkpoint()
 
 
 class AcknowledgesFirst(ToyLearner):
@@ -143,7 +151,7 @@ class TakesTwice(Intake):
 MUTANTS = {
     "no fence": (Parts(fence=Unfenced), "I8"),
     "check, then act in Redis": (Parts(fence=ChecksRedisThenActs), "I8"),
-    "check, then act in the folder": (Parts(fence=ChecksFolderThenActs), "I8"),
+    "check, then act in the folder": (Parts(fence=StaysInPlace, learner=ChecksThenWrites), "I8"),
     "acknowledge before the checkpoint": (Parts(learner=AcknowledgesFirst), "I2"),
     "acknowledge before training": (Parts(learner=AcknowledgesAtOnce), "I2"),
     "publish before training": (Parts(learner=PublishesFirst), "I3"),

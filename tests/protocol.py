@@ -6,8 +6,6 @@ a crash would, or leave it asleep while a successor starts. `Durable` is what an
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import itertools
 import json
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -64,18 +62,12 @@ class ToyFence(Fence):
 
     on_gap: Callable[[], None] = staticmethod(lambda: None)
 
-    def execute(self, queue: Callable[[Pipeline], Any], *, raise_on_error: bool = True) -> list[Any]:
+    def execute(self, queue: Callable[[Pipeline], Any], **options: Any) -> list[Any]:
         def commands(pipeline: Pipeline) -> None:
             self.on_gap()
             queue(pipeline)
 
-        return super().execute(commands, raise_on_error=raise_on_error)
-
-    @contextlib.contextmanager
-    def commit(self) -> Iterator[None]:
-        with super().commit():
-            self.on_gap()
-            yield
+        return super().execute(commands, **options)
 
     def _keep_renewing(self) -> None:
         pass
@@ -85,14 +77,14 @@ class ToyLearner:
     """One learner process from its start on; `next` does one action of `Learner.run` and names it."""
 
     def __init__(self, client: redis.Redis, config: Config, parts: Parts, fence: Fence) -> None:
-        run, folder = config.run.name, config.run.path
+        run, folder = config.run.name, fence.folder
         self.config, self.fence, self.batch = config, fence, config.learner.batch_prompts
         self.asking = True
         self.model = nn.Module()
         self.model.weights = nn.Parameter(chain([]))
         self.optimizer = torch.optim.SGD(self.model.parameters())
-        self.store = WeightStore(folder / "weights", keep=4, commit=fence.commit)
-        self.checkpoints = Checkpoints(folder / "checkpoints", keep=2, commit=fence.commit)
+        self.store = WeightStore(folder / "weights", keep=4)
+        self.checkpoints = Checkpoints(folder / "checkpoints", keep=2)
         state = self.checkpoints.load(self.model, self.optimizer) or {}
         self.step, self.history = state.get("step", 0), state.get("history", [])
         self.ledger = parts.ledger.load(state.get("ledger", {}))
@@ -106,7 +98,7 @@ class ToyLearner:
             StalenessRule(max_staleness=config.learner.max_staleness, branch=self.step),
             on_eval=lambda group: None,
         )
-        journal = parts.journal(folder / "plan.jsonl", commit=fence.commit)
+        journal = parts.journal(folder / "plan.jsonl")
         self.planner = Planner(journal, self.intake, self.ledger, self.step)
         self.actions = self.act()
 
@@ -216,6 +208,7 @@ class Durable:
     live: PolicyVersion | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self.folder = max(self.folder.glob("state-*"), key=lambda path: int(path.name.partition("-")[2]))
         registry, _ = rollout_keys(self.run, "")
         streams = sorted(self.client.smembers(registry))
         with self.client.pipeline() as pipeline:
@@ -274,13 +267,3 @@ class Durable:
 def digest_of(history: Trained) -> str:
     """The digest under which the weights after these steps are to be published."""
     return state_digest(describe({"weights": chain(history)}))
-
-
-def folder_is_free(folder: Path) -> bool:
-    """Whether a learner that starts now could take the folder at once."""
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True

@@ -89,7 +89,9 @@ class Intake:
 
     def pump(self, current: PolicyVersion, wait_s: float) -> int:
         """Read what has arrived, waiting up to `wait_s` seconds; returns how many rollouts came."""
-        deliveries = self._reader.read(count=_READ_AT_ONCE, block_ms=max(1, int(wait_s * 1000)))
+        # An idle Redis looks at its blocked clients ten times a second: the shortest wait takes 100 ms.
+        block_ms = int(wait_s * 1000) or None
+        deliveries = self._reader.read(count=_READ_AT_ONCE, block_ms=block_ms)
         if not deliveries and not self._reader.streams:
             time.sleep(min(wait_s, 0.05))
         fresh = [d for d in deliveries if (d.stream, d.entry_id) not in self._seen]
@@ -197,7 +199,7 @@ class Intake:
         self._done.append(delivery)
 
     def _give(self, items: Sequence[tuple[int, RolloutGroup]]) -> list[RolloutGroup]:
-        self.taken = {index: _entry_name(self._deliveries[index]) for index, _ in items}
+        self.taken = {index: _entry_name(self._deliveries.get(index)) for index, _ in items}
         for index, _ in items:
             self._end(index)
         return [group for _, group in items]
@@ -235,6 +237,6 @@ class Intake:
         self._on_lost_eval(delivery.uid)
 
 
-def _entry_name(delivery: Delivery) -> str:
-    actor = delivery.stream.rpartition(b":")[2]
-    return f"{actor.decode(errors='replace')}/{delivery.entry_id.decode()}"
+def _entry_name(delivery: Delivery | None) -> str:
+    """What the plan calls an entry; nothing for one that Redis has lost."""
+    return f"{delivery.actor}/{delivery.entry_id.decode()}" if delivery else ""

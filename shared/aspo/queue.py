@@ -281,15 +281,22 @@ class RolloutWriter:
     def _store(self, uid: str, payload: bytes) -> bool:
         """Add the entry; False if its id is spent on another."""
         entry_id = f"{self._incarnation}-{self._sent}"
-        # All or none: the learner may be about to forget this stream, as one that is empty.
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.sadd(self._registry, self._stream)
-        pipeline.xadd(self._stream, {"uid": uid, "group": payload, "stamp": self._stamp}, id=entry_id)
-        replies = pipeline.execute(raise_on_error=False)
-        errors = [reply for reply in replies if isinstance(reply, Exception)]
-        if errors and _STALE_ID not in str(errors[0]):
-            raise errors[0]
-        return not errors or bool(self._redis.xrange(self._stream, entry_id, entry_id))
+        fields: Any = {"uid": uid, "group": payload, "stamp": self._stamp}
+        try:
+            if self._redis.xadd(self._stream, fields, id=entry_id, nomkstream=True) is None:
+                self._begin_stream(fields, entry_id)
+        except redis.ResponseError as error:
+            if _STALE_ID not in str(error):
+                raise
+            return bool(self._redis.xrange(self._stream, entry_id, entry_id))
+        return True
+
+    def _begin_stream(self, fields: Any, entry_id: str) -> None:
+        """Register the stream with its first entry, all or none: the learner may be about to forget it."""
+        with self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.sadd(self._registry, self._stream)
+            pipeline.xadd(self._stream, fields, id=entry_id)
+            pipeline.execute()
 
 
 class RolloutReader:
@@ -329,7 +336,7 @@ class RolloutReader:
 
     def forget_all(self) -> None:
         """Know no stream any more, for Redis has lost them; `read` finds those that come anew."""
-        self._known, self._replay = set(), {}
+        self._known, self._replay = [], {}
 
     def acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         """Give up rollouts that a durable checkpoint covers, and free them."""
@@ -371,7 +378,7 @@ class RolloutReader:
 
         if not _execute(self._redis, self._fence, commands, condition=holds_nothing):
             return False
-        self._known.discard(stream)
+        self._known.remove(stream)
         self._replay.pop(stream, None)
         return True
 
@@ -424,7 +431,7 @@ def _without_retries(client: redis.Redis) -> redis.Redis:
     """The same Redis for commands that must not be sent again unnoticed."""
     pool = client.connection_pool
     options = pool.connection_kwargs | {"retry": Retry(NoBackoff(), 0)}
-    return redis.Redis(connection_pool=redis.ConnectionPool(pool.connection_class, **options))
+    return redis.Redis.from_pool(redis.ConnectionPool(pool.connection_class, **options))  # closed with it
 
 
 def _ensure_group(client: redis.Redis, stream: Any) -> None:

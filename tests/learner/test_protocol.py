@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hypothesis.stateful import (
 
 from aspo.codec import encode_group
 from aspo.config import Config
+from aspo.errors import AspoError
 from aspo.fence import Fence, FencedError
 from aspo.queue import Claim, RolloutWriter, TaskQueue, connect
 from aspo.schemas import PolicyVersion, RolloutGroup
@@ -44,7 +46,6 @@ from protocol import (
     Trained,
     chain,
     digest_of,
-    folder_is_free,
 )
 from rollouts import make_plain_group, write_config
 from services import redis_server
@@ -61,6 +62,37 @@ class Work:
     claim: Claim
     version: str
     stored: bool = False
+
+
+@contextlib.contextmanager
+def refused(fence: Fence) -> Iterator[list[FencedError]]:
+    """Leave the body when it is refused as `aspo learner` does: paths that lead nowhere mean a fence."""
+    was: list[FencedError] = []
+    try:
+        yield was
+    except FencedError as error:
+        was.append(error)
+    except (OSError, AspoError) as error:
+        try:
+            fence.require()
+        except FencedError as fenced:
+            was.append(fenced)
+        else:
+            raise error
+
+
+@contextlib.contextmanager
+def before_files_are_replaced(call: Callable[[], None]) -> Iterator[None]:
+    """Have `call` come between the making of a file and its taking of its place."""
+    replace = os.replace
+
+    def replace_later(source: Any, target: Any) -> None:
+        call()
+        replace(source, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", replace_later)
+        yield
 
 
 class Protocol(RuleBasedStateMachine):
@@ -199,18 +231,19 @@ class Protocol(RuleBasedStateMachine):
     @precondition(lambda self: self.learner)
     @rule(actions=st.integers(1, 12), gap=st.integers(0, 2))
     def learner_is_overtaken_between_check_and_act(self, actions: int, gap: int) -> None:
-        """In the `gap`-th moment between the check and the act of the fence another learner starts."""
+        """In the `gap`-th moment between check and act, or before a file takes its place, another starts."""
         old, self.usurper, gaps = self.learner, None, iter(range(gap))
         seen: list[Any] = []
 
         def take_over() -> None:
-            if self.usurper is None and folder_is_free(self.folder) and next(gaps, None) is None:
+            if not seen and next(gaps, None) is None:
+                seen.append(None)
                 self.all_is_well()
                 self.usurper = self.take_run()
-                seen.append(self.look().seen())
+                seen[0] = self.look().seen()
 
         old.fence.on_gap = take_over
-        with contextlib.suppress(FencedError):
+        with before_files_are_replaced(take_over), refused(old.fence):
             while self.usurper is None and actions > 0:
                 actions -= 1
                 self.proceed(old)
@@ -223,10 +256,10 @@ class Protocol(RuleBasedStateMachine):
     @rule(which=ANY, actions=st.integers(1, 6))
     def zombie_wakes(self, which: int, actions: int) -> None:
         zombie, seen = self.zombies[which % len(self.zombies)], self.look().seen()
-        try:
+        with refused(zombie.fence) as was:
             for _ in range(actions):
                 self.proceed(zombie)
-        except FencedError:
+        if was:
             self.zombies.remove(zombie)
         self.require("I8", self.look().seen() == seen, "one that overslept changed something")
 
@@ -336,7 +369,7 @@ class Protocol(RuleBasedStateMachine):
                 break
         self.require("I9", not self.look().rollouts, "rollouts never came to an end")
         self.all_is_well()
-        store = WeightStore(self.folder / "weights")
+        store = WeightStore(self.look().folder / "weights")
         for version in store.versions():
             store.verify(version)
 
