@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 from rich.logging import RichHandler
 
 from aspo.text import printable
@@ -98,10 +98,11 @@ ACTOR_METRICS = {
 
 
 class Gauges:
-    """Prometheus gauges `aspo_<service>_<name>` for one table of metrics."""
+    """Prometheus gauges `aspo_<service>_<name>` for one table of metrics, and `process_*` of this process."""
 
     def __init__(self, service: str, table: Mapping[str, str]) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._gauges = {
             name: Gauge(f"aspo_{service}_{name}", text, registry=self.registry)
             for name, text in table.items()
