@@ -186,24 +186,8 @@ def load_settings(each: Object, toml: str, secrets: Secrets, folder: Path) -> Co
             if isinstance(source, dict):
                 ref = source.get("secretKeyRef")
                 value = secrets[ref["name"]][ref["key"]] if ref else "actor-5d8f-x7"
-            if name not in absent_settings():
-                value = value.replace("$(POD_IP)", "10.1.2.3").replace(mounted, str(folder))
-                patch.setenv(name, value)
+            patch.setenv(name, value.replace("$(POD_IP)", "10.1.2.3").replace(mounted, str(folder)))
         return load_config(folder / "aspo.toml")
-
-
-def absent_settings() -> set[str]:
-    """Of the settings that come with another change, those that have not come yet."""
-    coming = {
-        "actor": {"grace_s"},
-        "auth": {f"{scope}_token_file" for scope in ("reader", "actor", "operator")},
-    }
-    sections: dict[str, Any] = {name: field.annotation for name, field in Config.model_fields.items()}
-    return {
-        f"ASPO_{section}__{key}".upper()
-        for section, keys in coming.items()
-        for key in keys - sections[section].model_fields.keys()
-    }
 
 
 def check_settings(objects: list[Object], secrets: Secrets, folder: Path) -> Iterator[str]:
@@ -224,7 +208,7 @@ def check_settings(objects: list[Object], secrets: Secrets, folder: Path) -> Ite
             yield f"{name} logs in to Redis as another"
         if config.run.dir not in {Path(mount["mountPath"]) for mount in main["volumeMounts"]}:
             yield f"{name} keeps its run in {config.run.dir}, which is no volume"
-        if not absent_settings() and not (config.auth.actor_token and config.auth.operator_token):
+        if not (config.auth.actor_token and config.auth.operator_token):
             yield f"{name} has no tokens"
         if name == "actor" and (config.actor.id, config.actor.advertise_url) != (
             "actor-5d8f-x7",
