@@ -72,9 +72,14 @@ class Project:
         }
 
 
-def run_undisturbed(folder: Path, redis_url: str, *settings: str) -> Outcome:
-    """The outcome of a run without a fault."""
+def run_undisturbed(folder: Path, redis_url: str, *settings: str, plan: Path | None = None) -> Outcome:
+    """The outcome of a run without a fault, of the same batches as another if its `plan` is given."""
     with Project(folder, redis_url, f"undisturbed-{uuid.uuid4().hex[:8]}") as project:
+        if plan is not None:
+            (project.runs / "state-0").mkdir(parents=True)
+            tasks = [json.loads(line) | {"entries": []} for line in plan.read_text().splitlines()]
+            lines = [json.dumps(step) + "\n" for step in tasks]
+            (project.runs / "state-0" / "plan.jsonl").write_text("".join(lines))
         with ScriptedActor(redis_url, project.run, project.runs):
             learner = project.learner(*settings)
             assert learner.wait(120) == 0, learner.text
