@@ -18,7 +18,7 @@ from services import RedisServer, Service, wait_until
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]
 KILLS, STEPS = 50, 600
-SETTINGS = (f"learner.steps={STEPS}", "learner.max_staleness=400", "learner.learning_rate=1e-5")
+SETTINGS = (f"learner.steps={STEPS}", "learner.max_staleness=1000", "learner.learning_rate=1e-5")
 
 
 def test_fifty_random_kills_change_nothing(
