@@ -25,6 +25,14 @@ from aspo.weights.manifest import WeightsError
 log = logging.getLogger(__name__)
 
 
+def _leave_on_sigterm() -> None:
+    """Have SIGTERM end the process also before it trains or samples.
+
+    A container's first process has no default action for it, and would be killed after the grace.
+    """
+    signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))
+
+
 @contextmanager
 def _denials() -> Iterator[None]:
     try:
@@ -37,6 +45,7 @@ def _denials() -> Iterator[None]:
 
 def run_learner(path: Path, overrides: list[str]) -> None:
     """Train to the end; a SIGTERM or SIGINT ends the run after the current step, a second one at once."""
+    _leave_on_sigterm()
     setup_logging()
     config = load_config(path, overrides)
     require("learner", config)
@@ -87,6 +96,7 @@ def _train(config: Config, fence: Fence) -> None:
 
 def run_actor(path: Path, overrides: list[str]) -> None:
     """Sample until told to leave by SIGTERM or SIGINT."""
+    _leave_on_sigterm()
     setup_logging()
     # Reward functions named in the config may lie in the folder the command is run from.
     sys.path.insert(0, os.getcwd())
