@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,18 @@ def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
     return 0
 
 
+def prepare_in(folder: Path, seed: int) -> None:
+    """Make the demo's model and problems for services that are started otherwise; a former model is kept."""
+    if (folder / "initial-model").exists():
+        Console().print(f"{folder} has a model already", style="dim")
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _prepare(folder, seed, Console())
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder} ({error.strerror}); name another folder") from None
+
+
 def _fresh_folder(folder: Path, console: Console) -> Path:
     """Make the run's folder; a former run of that name is moved aside, not lost."""
     if folder.exists():
@@ -144,7 +157,7 @@ def write_config(folder: Path, seed: int, *, evaluate: bool = True) -> dict[str,
 
 
 def _prepare(folder: Path, seed: int, console: Console) -> None:
-    """Write problems and the warm-started model."""
+    """Write problems and the warm-started model, which is there whole or not at all."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         writing = progress.add_task("Writing problems", total=1)
@@ -155,7 +168,9 @@ def _prepare(folder: Path, seed: int, console: Console) -> None:
         def on_step(step: int, loss: float) -> None:
             progress.update(warming, completed=step, description=f"Warm-starting a Qwen3, loss {loss:.3f}")
 
-        demo_model.make_model(folder / "initial-model", seed, on_step)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            demo_model.make_model(Path(unfinished) / "model", seed, on_step)
+            (Path(unfinished) / "model").rename(folder / "initial-model")
 
 
 def _start(parts: Processes, folder: Path, ports: dict[str, int], overrides: list[str]) -> None:

@@ -50,11 +50,17 @@ def demo(
     name: Annotated[
         str, typer.Option(help="The run's name; a former run of that name is moved aside.")
     ] = "demo",
+    prepare: Annotated[
+        Path | None, typer.Option(help="Only make the demo's model and problems, in this folder.")
+    ] = None,
     overrides: Overrides = None,
 ) -> None:
     """Teach a small model to add on this machine's CPU, with every real part in a process of its own."""
-    from aspo_cli.demo import run_demo
+    from aspo_cli.demo import prepare_in, run_demo
 
+    if prepare is not None:
+        prepare_in(prepare, seed)
+        return
     raise typer.Exit(run_demo(seed=seed, runs=runs, name=name, overrides=overrides or []))
 
 
