@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+COMPOSE := docker compose --file deploy/compose/compose.yaml
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread per process unless told otherwise: tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup demo test faults lint format bench clean
+.PHONY: setup demo test faults lint format bench up down clean
 
 setup: $(STAMP)
 
@@ -44,6 +45,19 @@ format: setup
 
 bench: setup
 	$(BIN)/aspo bench actor --json
+
+# The service in containers; deploy/compose/.env says on what. `make up ARGS="--scale actor=3"`
+up: deploy/compose/.env
+	deploy/compose/secrets.sh
+	$(COMPOSE) up --build --detach --wait $(ARGS)
+
+# Keeps runs, queue and secrets; `make down ARGS=--volumes` drops the runs and the queue.
+down: deploy/compose/.env
+	deploy/compose/secrets.sh
+	$(COMPOSE) --profile '*' down $(ARGS)
+
+deploy/compose/.env:
+	cp deploy/compose/.env.example $@
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
