@@ -25,7 +25,6 @@ from typing import Any
 
 import pytest
 
-from aspo.config import AuthConfig
 from aspo.queue import connect
 from aspo_cli.processes import find_redis_server
 from aspo_cli.status import fetch_status
@@ -41,9 +40,6 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
-    pytest.mark.skipif(
-        "reader_token_file" not in AuthConfig.model_fields, reason="tokens are not read from files yet"
-    ),
 ]
 
 

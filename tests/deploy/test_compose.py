@@ -10,20 +10,12 @@ from pathlib import Path
 import pytest
 
 import composition
-from aspo.config import AuthConfig
 from composition import CHECKS, Check, Composition
 
 ROOT = Path(__file__).parents[2]
 COMPOSE, ENV, DEMO = "deploy/compose/compose.yaml", "deploy/compose/.env.example", "deploy/compose/demo.toml"
 LEARNER, ACTOR = "deploy/docker/learner.Dockerfile", "deploy/docker/actor.Dockerfile"
 PROMETHEUS = "deploy/compose/prometheus.yml"
-needs_token_files = pytest.mark.skipif(
-    "reader_token_file" not in AuthConfig.model_fields, reason="tokens are not read from files yet"
-)
-needs_dashboard = pytest.mark.skipif(
-    not (ROOT / "deploy/grafana/dashboard.json").exists(), reason="there is no dashboard yet"
-)
-WAITING = {composition.unknown_settings: needs_token_files, composition.nothing_to_mount: needs_dashboard}
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def tree(shipped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(shipped, tmp_path / "tree")
 
 
-@pytest.mark.parametrize("check", [pytest.param(check, marks=WAITING.get(check, ())) for check in CHECKS])
+@pytest.mark.parametrize("check", CHECKS)
 def test_what_is_shipped_is_sound(check: Check, tree: Path) -> None:
     assert list(check(Composition(tree))) == []
 

@@ -85,7 +85,7 @@ def test_the_docs_name_every_overlay() -> None:
 
 def test_yaml_is_clean() -> None:
     rules = "{extends: default, rules: {line-length: {max: 110}, document-start: disable}}"
-    command = [sys.executable, "-m", "yamllint", "--strict", "-d", rules, str(KUBERNETES.parent)]
+    command = [sys.executable, "-m", "yamllint", "--strict", "-d", rules, str(KUBERNETES)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
