@@ -75,7 +75,7 @@ class Fence:
         owner = f"{socket.gethostname()}, process {os.getpid()} ({uuid.uuid4().hex[:8]})"
         fence = cls(client, run, folder, owner.encode())
         fence._take_lease()
-        fence._epoch = fence._raise_epoch(max(map(_epoch_of, folder.glob("state-*")), default=0))
+        fence._epoch = fence._raise_epoch(max(map(_epoch_of, _held(folder)), default=0))
         fence._take_folder()
         fence._thread.start()
         return fence
@@ -95,7 +95,7 @@ class Fence:
     def require(self) -> None:
         """Raise `FencedError` if another learner has taken the run over, as far as is known or to be seen."""
         if self._lost is None and not self.folder.exists():
-            highest = max(map(_epoch_of, self._run_folder.glob("state-*")), default=0)
+            highest = max(map(_epoch_of, _held(self._run_folder)), default=0)
             self._lost = self._refusal(highest) if highest else FencedError(f"{self.folder} was removed")
         if self._lost is not None:
             raise self._lost
@@ -215,7 +215,7 @@ class Fence:
         """Rename what the learner before held, or begin; `state` leads people there."""
         self.folder = self._run_folder / f"state-{self._epoch}"
         while True:
-            held = sorted(self._run_folder.glob("state-*"), key=_epoch_of)
+            held = _held(self._run_folder)
             if held and _epoch_of(held[-1]) > self._epoch:
                 raise self._refusal(_epoch_of(held[-1]))
             try:
@@ -228,6 +228,12 @@ class Fence:
         link.symlink_to(self.folder.name)
         link.replace(self._run_folder / "state")
         self.require()
+
+
+def _held(folder: Path) -> list[Path]:
+    """What learners of the run have held, the last one last."""
+    found = (path for path in folder.glob("state-*") if path.name.partition("-")[2].isdecimal())
+    return sorted(found, key=_epoch_of)
 
 
 def _epoch_of(folder: Path) -> int:
