@@ -75,7 +75,7 @@ def says(actor: Service) -> dict[str, Any]:
 
 
 def live_on_disk(project: Path, run: str) -> dict[str, Any]:
-    return dict(json.loads((project / "runs" / run / "weights/live").read_bytes()))
+    return dict(json.loads((project / "runs" / run / "state/weights/live").read_bytes()))
 
 
 @pytest.fixture(scope="module")
