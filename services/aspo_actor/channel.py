@@ -8,6 +8,7 @@ A worker listens on a Unix socket of its own instead, in a thread: one JSON obje
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import shutil
 import socket
@@ -42,7 +43,8 @@ def _serve(listener: socket.socket, folder: Path, calls: Mapping[str, Callable[[
     with listener:
         connection, _ = listener.accept()
     shutil.rmtree(folder, ignore_errors=True)
-    with connection, connection.makefile("rb") as lines:
+    # The client may leave, or be killed, before its answer; there is nobody left to tell then.
+    with contextlib.suppress(ConnectionError), connection, connection.makefile("rb") as lines:
         for line in lines:
             asked = json.loads(line)
             answer = {"id": asked["id"]}

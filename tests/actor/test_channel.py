@@ -63,6 +63,21 @@ async def test_the_answer_to_a_call_given_up_is_not_taken_for_the_next(
     assert await channel.call("wait", "new") == ["new", "new"]
 
 
+async def test_a_client_that_left_before_its_answer_ends_the_thread_quietly(
+    worker: Worker, channel: Channel
+) -> None:
+    threads = [thread for thread in threading.enumerate() if thread.name == "aspo-calls"]
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await channel.call("wait", "late")
+    channel.close()
+    await asyncio.sleep(0)  # the connections are closed in the loop's next turn
+    worker.going_on.set()
+    for thread in threads:
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive()  # had one raised, pytest would fail this test for it
+
+
 async def test_a_worker_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
     path = str(tmp_path / "s")
     async with await asyncio.start_unix_server(lambda reader, writer: writer.close(), path):
