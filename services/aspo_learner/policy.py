@@ -69,7 +69,7 @@ class Policy:
         logprobs, entropy = token_logprobs_and_entropy(
             picked.float(), weight, batch.targets, temperature=temperature
         )
-        return batch.scatter(logprobs), batch.scatter(entropy)
+        return batch.scatter(logprobs), batch.scatter(entropy.detach())
 
     @torch.no_grad()
     def copy_published(self, copy: dict[str, Tensor]) -> None:

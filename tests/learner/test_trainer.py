@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from aspo.config import Config, ConfigError, LossConfig
 from aspo_learner.batching import micro_batches, repetition, sequences_of
@@ -54,19 +55,26 @@ def test_scores_equal_the_models_own_log_softmax(
     assert sorted(seen) == list(range(len(sequences)))
 
 
+def flat(trainer: Trainer) -> Tensor:
+    """All weights as one vector [P]."""
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.policy.model.parameters()])
+
+
 def test_an_update_does_not_depend_on_the_micro_batches(small_model: Path, tmp_path: Path) -> None:
-    weights = []
+    runs = []
     for tokens in (12, 10_000):
         config = write_config(
             tmp_path, model=small_model, overrides=[f"learner.micro_batch_tokens={tokens}", "run.seed=3"]
         )
         trainer = make_trainer(config)
+        start = flat(trainer)
         metrics = trainer.train_step([make_group(trainer.policy.model, seed=seed) for seed in range(4)])
-        weights.append((trainer.policy.model.state_dict(), metrics))
-    for name, tensor in weights[0][0].items():
-        torch.testing.assert_close(tensor, weights[1][0][name], rtol=1e-4, atol=1e-6)
-    for name, value in weights[0][1].items():
-        assert value == pytest.approx(weights[1][1][name], rel=2e-3, abs=1e-5), name
+        runs.append((flat(trainer) - start, metrics))
+    (update, metrics), (other_update, other_metrics) = runs
+    # Adam takes a whole step where a gradient is nothing but rounding, so single weights may differ.
+    assert float((update - other_update).norm() / update.norm()) < 1e-3
+    for name, value in metrics.items():
+        assert value == pytest.approx(other_metrics[name], rel=2e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize(
