@@ -1,7 +1,8 @@
-"""From rollout groups to padded tensors: a sequence per completion, micro-batches under a token budget."""
+"""From rollout groups to packed tensors: a sequence per completion, micro-batches under a token budget."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,20 +11,22 @@ import torch
 from torch import Tensor
 
 from aspo.schemas import FloatArray, IntArray, RolloutGroup
+from aspo_learner.attention import Packing
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TrainingSequence:
     """One completion with what the loss needs.
 
-    Shapes: prompt_ids [P]; completion_ids, behavior_logprobs, weights [C]. A token of weight 0 is context and
-    no more: it is neither scored nor counted.
+    Shapes: prompt_ids [P]; completion_ids, behavior_logprobs, weights, lags [C]. A token of weight 0 is
+    context and no more: it is neither scored nor counted. A lag is how many versions old a token's policy is.
     """
 
     prompt_ids: IntArray
     completion_ids: IntArray
     behavior_logprobs: FloatArray
     weights: FloatArray
+    lags: IntArray
     advantage: float
     group: int
 
@@ -38,21 +41,23 @@ class TrainingSequence:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MicroBatch:
-    """Right-padded sequences of one forward pass.
+    """Sequences of one forward pass, packed one after the other.
 
-    Shapes: input_ids [B, L]; mask, behavior_logprobs, weights, advantages [B, T] with completions
-    left-aligned; rows, columns, targets [N], the hidden states that predict the N tokens under the mask, and
-    those tokens; indices [B] into the batch.
+    Shapes: input_ids, position_ids [1, L]; mask, behavior_logprobs, weights, lags, advantages [B, T] with a
+    completion a row, left-aligned; positions, targets [N], where in the pack the N tokens under the mask are
+    predicted, and those tokens; indices [B] into the batch.
     """
 
     input_ids: Tensor
+    position_ids: Tensor
     mask: Tensor
     behavior_logprobs: Tensor
     weights: Tensor
+    lags: Tensor
     advantages: Tensor
-    rows: Tensor
-    columns: Tensor
+    positions: Tensor
     targets: Tensor
+    packing: Packing
     indices: tuple[int, ...]
 
     def scatter(self, values: Tensor) -> Tensor:
@@ -63,14 +68,20 @@ class MicroBatch:
 
 
 def sequences_of(
-    group: RolloutGroup, advantages: Sequence[float], number: int, weights: FloatArray | None = None
+    group: RolloutGroup,
+    advantages: Sequence[float],
+    number: int,
+    weights: FloatArray | None = None,
+    lags: IntArray | None = None,
 ) -> Iterator[TrainingSequence]:
     """Cut a group into its sequences, each with its advantage; one without a token to train on is left out.
 
-    `weights` [sum(lengths)] are the tokens' weights in the loss; None is 1 for all.
+    `weights` [sum(lengths)] are the tokens' weights in the loss, None is 1 for all; `lags` [sum(lengths)] how
+    many versions late they are, None is 0.
     """
     offsets = group.offsets
     weights = np.ones_like(group.behavior_logprobs) if weights is None else weights
+    lags = np.zeros_like(group.token_ids) if lags is None else lags
     for i, advantage in enumerate(advantages):
         part = slice(offsets[i], offsets[i + 1])
         if weights[part].any():
@@ -79,54 +90,66 @@ def sequences_of(
                 group.token_ids[part],
                 group.behavior_logprobs[part],
                 weights[part],
+                lags[part],
                 float(advantage),
                 number,
             )
 
 
 def micro_batches(
-    sequences: Sequence[TrainingSequence],
-    indices: Sequence[int],
-    *,
-    max_tokens: int,
-    pad_id: int,
-    device: torch.device,
+    sequences: Sequence[TrainingSequence], indices: Sequence[int], *, max_tokens: int, device: torch.device
 ) -> Iterator[MicroBatch]:
-    """Split the chosen sequences, longest first, into padded batches of at most `max_tokens` tokens."""
-    chosen: list[int] = []
-    width = 0
-    for index in sorted(indices, key=lambda i: len(sequences[i]), reverse=True):
-        width = max(width, len(sequences[index]))
-        if chosen and width * (len(chosen) + 1) > max_tokens:
-            yield collate([sequences[i] for i in chosen], chosen, pad_id, device)
-            chosen, width = [], len(sequences[index])
-        chosen.append(index)
-    if chosen:
-        yield collate([sequences[i] for i in chosen], chosen, pad_id, device)
+    """Pack the chosen sequences, longest first, into batches of about equal size under `max_tokens`."""
+    lengths = [len(sequences[i]) for i in indices]
+    for part in equal_parts(lengths, max_tokens):
+        chosen = [indices[i] for i in part]
+        yield collate([sequences[i] for i in chosen], chosen, device)
+
+
+def equal_parts(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Part sequences into as few runs of about equally many tokens as `max_tokens` allows, longest first.
+
+    A sequence longer than `max_tokens` is a part of its own.
+    """
+    count = max(1, math.ceil(sum(lengths) / max_tokens))
+    share, parts, taken = sum(lengths) / count, [list[int]()], 0
+    room = max_tokens
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        if parts[-1] and (lengths[index] > room or taken >= share * len(parts)):
+            parts.append([])
+            room = max_tokens
+        parts[-1].append(index)
+        taken, room = taken + lengths[index], room - lengths[index]
+    return [part for part in parts if part]
 
 
 def collate(
-    sequences: Sequence[TrainingSequence], indices: Sequence[int], pad_id: int, device: torch.device
+    sequences: Sequence[TrainingSequence], indices: Sequence[int], device: torch.device
 ) -> MicroBatch:
-    """Pad sequences into one micro-batch on a device."""
-    width = max(len(s) for s in sequences)
+    """Pack sequences into one micro-batch on a device."""
+    lengths = np.array([len(s) for s in sequences])
+    starts = np.cumsum(lengths) - lengths
     longest = max(len(s.completion_ids) for s in sequences)
-    input_ids = np.full((len(sequences), width), pad_id, dtype=np.int64)
     mask = np.zeros((len(sequences), longest), dtype=bool)
     behavior, weights = np.zeros((2, len(sequences), longest), dtype=np.float32)
+    lags = np.zeros((len(sequences), longest), dtype=np.int32)
     for row, sequence in enumerate(sequences):
-        prompt, length = len(sequence.prompt_ids), len(sequence.completion_ids)
-        input_ids[row, :prompt] = sequence.prompt_ids
-        input_ids[row, prompt : prompt + length] = sequence.completion_ids
+        length = len(sequence.completion_ids)
         mask[row, :length] = sequence.weights > 0
         behavior[row, :length] = sequence.behavior_logprobs
         weights[row, :length] = sequence.weights
+        lags[row, :length] = sequence.lags
     rows, steps = np.nonzero(mask)
-    columns = steps + np.array([len(s.prompt_ids) for s in sequences])[rows]
+    tokens = [ids for s in sequences for ids in (s.prompt_ids, s.completion_ids)]
+    input_ids = np.concatenate(tokens).astype(np.int64)
+    positions = starts[rows] + np.array([len(s.prompt_ids) for s in sequences])[rows] + steps
     advantages = np.array([[s.advantage] for s in sequences], dtype=np.float32).repeat(longest, axis=1)
-    arrays = (input_ids, mask, behavior, weights, advantages, rows, columns - 1, input_ids[rows, columns])
-    tensors = [torch.from_numpy(array).to(device) for array in arrays]
-    return MicroBatch(*tensors, tuple(indices))  # type: ignore[arg-type, call-arg]
+    position_ids = np.arange(len(input_ids)) - starts.repeat(lengths)
+    arrays = (input_ids[None], position_ids[None], mask, behavior, weights, lags, advantages)
+    predicted = (positions - 1, input_ids[positions])
+    tensors = [torch.from_numpy(array).to(device) for array in (*arrays, *predicted)]
+    packing = Packing.of(lengths.tolist(), device)
+    return MicroBatch(*tensors, packing, tuple(indices))  # type: ignore[arg-type, call-arg]
 
 
 def repetition(tokens: IntArray, n: int = 4) -> float:

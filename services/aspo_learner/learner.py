@@ -37,12 +37,13 @@ from aspo_learner.evaluation import Evaluator
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
+from aspo_learner.optimizer import DivergedError
 from aspo_learner.outages import Outages
 from aspo_learner.planner import Planner
 from aspo_learner.policy import Policy, pick_device
 from aspo_learner.publisher import Publisher
 from aspo_learner.releases import Releases
-from aspo_learner.report import RunHistory, describe_batch
+from aspo_learner.report import RunHistory, describe_batch, save_batch
 from aspo_learner.staleness import StalenessRule
 from aspo_learner.trainer import Trainer
 
@@ -66,7 +67,12 @@ class Learner:
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
-        self.policy = Policy(config.model, pick_device(config.learner.device))
+        self.policy = Policy(
+            config.model,
+            pick_device(config.learner.device),
+            precision=config.learner.precision,
+            checkpoint_activations=config.learner.activation_checkpointing,
+        )
         context = min(self.policy.context_length, config.actor.engine.max_model_len or sys.maxsize)
         self._room = context - config.sampling.max_tokens
         if self._room < 1:
@@ -257,7 +263,8 @@ class Learner:
         weights = [self._intake.staleness.weights(group, self._current) for group in groups]
         rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
         metrics = describe_batch(rule, groups, weights, dropped, self._current)
-        metrics |= self.trainer.train_step(groups, weights)
+        lags = [rule.token_lags(group, self._current) for group in groups]
+        metrics |= self._train(groups, weights, lags)
         trained = time.monotonic()
         reach("step.trained")
         self.step += 1
@@ -274,6 +281,13 @@ class Learner:
         self._record(metrics, rollouts=sum(len(group) for group in groups))
         if self.step % self.config.learner.checkpoint_every == 0 or self.controls.checkpoint.is_set():
             self._checkpoint()
+
+    def _train(self, *batch: Any) -> dict[str, float]:
+        try:
+            return self.trainer.train_step(*batch)
+        except DivergedError as error:
+            folder = save_batch(self._fence.folder / f"diverged-{self.step + 1}", batch[0])
+            raise DivergedError(f"step {self.step + 1}: {error} (rollout groups in {folder})") from None
 
     def _wait_for_batch(self) -> list[RolloutGroup] | None:
         """Wait for a whole batch; None when told to stop."""

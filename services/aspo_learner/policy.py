@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from aspo.config import ConfigError, ModelConfig
+from aspo.config import ConfigError, ModelConfig, Precision
+from aspo_learner.attention import PACKED, Packing
 from aspo_learner.batching import MicroBatch
 from aspo_learner.head import token_logprobs_and_entropy
 
+_OTHER = "use a model of another architecture, such as Qwen3 or Llama"
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -33,16 +36,31 @@ def pick_device(name: str) -> torch.device:
 
 
 class Policy:
-    """A causal LM that scores completions; weights are trained in fp32 and published in `config.dtype`."""
+    """A causal LM that scores completions; weights are trained in fp32 and published in `config.dtype`.
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    `precision` is that of the products in the layers and the head: `fp32`, or `bf16` by autocast with sums in
+    fp32; `auto` takes bf16 on a GPU. With `checkpoint_activations` backward computes the layers again.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        *,
+        precision: Precision = "auto",
+        checkpoint_activations: bool = False,
+    ) -> None:
         self.model: Any = load_model(config.path).to(device)
         self.tokenizer = load_tokenizer(config.path)
         self.device = device
+        self._bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._files: dict[str, bytes] | None = None
         # Sampling has no dropout, so the learner's log-probs must have none either.
         self.model.eval()
+        if checkpoint_activations:
+            _checkpoint_layers(self.model, config.path)
+        _require_isolation(self.model, config.path)
 
     @property
     def context_length(self) -> int:
@@ -60,14 +78,17 @@ class Policy:
         `model` scores in place of the policy's own, for a reference.
         """
         model = model or self.model
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
-        with autocast:
-            # Right padding: with a causal mask no real token sees a padded one; no attention mask is needed.
-            hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-        picked = hidden[batch.rows, batch.columns]
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
+            hidden = model.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                packing=batch.packing,
+                use_cache=False,
+            ).last_hidden_state
+        picked = hidden[0, batch.positions]
         weight = model.get_output_embeddings().weight
         logprobs, entropy = token_logprobs_and_entropy(
-            picked.float(), weight, batch.targets, temperature=temperature
+            picked.bfloat16() if self._bf16 else picked, weight, batch.targets, temperature=temperature
         )
         return batch.scatter(logprobs), batch.scatter(entropy.detach())
 
@@ -109,8 +130,44 @@ def load_model(path: str) -> nn.Module:
     model: Any = _from_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ConfigError(f"{path}: an output head with a bias is not supported")
+    if not model._supports_attention_backend:
+        raise ConfigError(f"{path}: {type(model).__name__} does not let its attention be replaced; {_OTHER}")
+    model.set_attn_implementation(PACKED)
     loaded: nn.Module = model
     return loaded
+
+
+@torch.no_grad()
+def _require_isolation(model: Any, path: str) -> None:
+    """Raise ConfigError if a packed sequence sees its neighbour, as where a layer keeps a running state."""
+    device = next(model.parameters()).device
+    found = []
+    for first in (0, 1):
+        packed = torch.tensor([[first, first, 2, 3]], device=device)
+        positions = torch.tensor([[0, 1, 0, 1]], device=device)
+        try:
+            out = model.base_model(
+                input_ids=packed, position_ids=positions, packing=Packing.of([2, 2], device), use_cache=False
+            )
+        except TypeError as error:
+            raise ConfigError(
+                f"{path}: {type(model).__name__} cannot be packed ({error}); {_OTHER}"
+            ) from None
+        found.append(out.last_hidden_state[0, 2:])
+    if not torch.equal(*found):
+        raise ConfigError(f"{path}: {type(model).__name__} mixes the sequences of a pack; {_OTHER}")
+
+
+def _checkpoint_layers(model: Any, path: str) -> None:
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError(
+            f"{path}: {type(model).__name__} has no layers to checkpoint; "
+            "unset learner.activation_checkpointing"
+        )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in layers:
+        layer.training = True  # they checkpoint in training only; what is in them still has no dropout
 
 
 def load_tokenizer(path: str) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.presence import ActorStatus
 from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
@@ -184,3 +185,11 @@ def describe_batch(
         "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
         "tokens": float(lengths.sum()),
     } | describe_staleness(rule, groups, weights, dropped, current)
+
+
+def save_batch(folder: Path, groups: Iterable[RolloutGroup]) -> Path:
+    """Keep a batch's groups for a look, each as it came over the wire (`aspo.codec.decode_group`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, group in enumerate(groups):
+        (folder / f"{number:05d}.group").write_bytes(encode_group(group))
+    return folder

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from aspo.config import Config, ConfigError, LossConfig
-from aspo.schemas import FloatArray, RolloutGroup
+from aspo.schemas import FloatArray, IntArray, RolloutGroup
 from aspo_learner import losses
 from aspo_learner.advantages import group_advantages, is_informative
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
+from aspo_learner.optimizer import Updater
 from aspo_learner.policy import Policy
 
 log = logging.getLogger(__name__)
@@ -40,33 +41,33 @@ class Trainer:
         self._loss_config, self._temperature = config.loss, config.sampling.temperature
         self._loss = build_loss(config.loss)
         self._reference = copy.deepcopy(policy.model) if config.loss.kl_coefficient > 0 else None
-        self.optimizer = torch.optim.AdamW(
-            policy.model.parameters(),
-            lr=self._config.learning_rate,
-            betas=self._config.betas,
-            weight_decay=self._config.weight_decay,
-            foreach=True,
-        )
-        self.updates = 0
-        self.skipped_updates = 0
+        self.updater = Updater(policy.model.parameters(), config.learner)
         self._random = np.random.default_rng([config.run.seed, 1])
-        self._pad_id = policy.tokenizer.pad_token_id or 0
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Of the policy's weights."""
+        return self.updater.optimizer
 
     def train_step(
-        self, groups: Sequence[RolloutGroup], weights: Sequence[FloatArray] | None = None
+        self,
+        groups: Sequence[RolloutGroup],
+        weights: Sequence[FloatArray] | None = None,
+        lags: Sequence[IntArray] | None = None,
     ) -> dict[str, float]:
         """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted.
 
-        `weights` holds each group's token weights [sum(lengths)], see `staleness`; None is 1 for all.
+        `weights` and `lags` hold each group's token weights and lags [sum(lengths)], see `staleness`; None is
+        1 and 0 for all. Raises DivergedError after too many gradients in a row that are not finite.
         """
-        given: Sequence[FloatArray | None] = weights or [None] * len(groups)
-        pairs = zip(groups, given, strict=True)
-        informative = [(group, w) for group, w in pairs if is_informative(torch.tensor(group.rewards))]
+        none: list[Any] = [None] * len(groups)
+        given = zip(groups, weights or none, lags or none, strict=True)
+        informative = [one for one in given if is_informative(torch.tensor(one[0].rewards))]
         sequences = [
             sequence
-            for number, (group, w) in enumerate(informative)
+            for number, (group, weight, lag) in enumerate(informative)
             for sequence in sequences_of(
-                group, group_advantages(torch.tensor(group.rewards)).tolist(), number, w
+                group, group_advantages(torch.tensor(group.rewards)).tolist(), number, weight, lag
             )
         ]
         report = _StepReport()
@@ -76,23 +77,19 @@ class Trainer:
                 self._update(sequences, mini_batch, proximal, report)
         metrics = report.summary() | {
             "uninformative_fraction": 1 - len(informative) / max(1, len(groups)),
-            "learning_rate": self._learning_rate(),
-            "skipped_updates": float(self.skipped_updates),
+            "learning_rate": self.updater.learning_rate(),
+            "skipped_updates": float(self.updater.skipped),
         }
         self._warn_if_inert(metrics)
         return metrics
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer tensors."""
-        return {
-            "updates": self.updates,
-            "skipped": self.skipped_updates,
-            "random": self._random.bit_generator.state,
-        }
+        return self.updater.state() | {"random": self._random.bit_generator.state}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
-        self.updates, self.skipped_updates = state["updates"], state["skipped"]
+        self.updater.load_state(state)
         self._random.bit_generator.state = state["random"]
 
     def _mini_batches(self, sequences: Sequence[TrainingSequence], groups: int) -> Iterator[list[int]]:
@@ -108,14 +105,16 @@ class Trainer:
             sequences,
             indices,
             max_tokens=self._config.micro_batch_tokens,
-            pad_id=self._pad_id,
             device=self.policy.device,
         )
 
     @torch.no_grad()
     def _proximal(self, sequences: Sequence[TrainingSequence]) -> dict[int, Tensor] | None:
-        """The log-probs at the batch's start, by sequence, when the ratio is taken against them."""
-        if self._loss_config.ratio_reference == "behavior":
+        """The log-probs at the batch's start, by sequence, when they are to be computed."""
+        if (
+            self._loss_config.ratio_reference == "behavior"
+            or self._loss_config.proximal_source != "recompute"
+        ):
             return None
         found: dict[int, Tensor] = {}
         for batch in self._split(sequences, range(len(sequences))):
@@ -136,28 +135,15 @@ class Trainer:
         for batch in self._split(sequences, indices):
             loss = self._micro_loss(batch, proximal, tokens if by_token else float(len(indices)), report)
             loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.model.parameters(), self._config.max_grad_norm)
-        if torch.isfinite(norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self._learning_rate()
-            self.optimizer.step()
-            self.updates += 1
-        else:
-            self.skipped_updates += 1
-            log.warning("skipped an update: its gradient is not finite")
-        self.optimizer.zero_grad(set_to_none=True)
-        report.finish_update(float(norm))
+        report.finish_update(self.updater.update())
 
     def _micro_loss(
         self, batch: MicroBatch, proximal: dict[int, Tensor] | None, normalizer: float, report: _StepReport
     ) -> Tensor:
         logprobs, entropy = self.policy.score(batch, self._temperature)
         old, correction = batch.behavior_logprobs, None
-        if proximal is not None:
-            width = batch.mask.shape[1]
-            old = torch.nn.utils.rnn.pad_sequence([proximal[i] for i in batch.indices], batch_first=True)[
-                :, :width
-            ]
+        if self._loss_config.ratio_reference == "proximal":
+            old = self._proximal_of(batch, logprobs.detach(), proximal)
             correction = losses.behavior_correction(
                 old,
                 batch.behavior_logprobs,
@@ -176,6 +162,19 @@ class Trainer:
         report.add(metrics, loss, logprobs.detach(), old, correction, batch)
         return loss
 
+    @staticmethod
+    def _proximal_of(batch: MicroBatch, logprobs: Tensor, known: dict[int, Tensor] | None) -> Tensor:
+        """The log-probs [B, T] of the policy at the batch's start: computed then, or taken to lie between.
+
+        A token d versions late is d versions from the batch's start and d + 1 from the one being made, so on
+        the straight line from its sampler to the policy the start lies at d / (d + 1).
+        """
+        if known is None:
+            start = batch.lags / (batch.lags + 1)
+            return torch.lerp(batch.behavior_logprobs, logprobs, start)
+        rows = [known[index] for index in batch.indices]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, : batch.mask.shape[1]]
+
     def _kl_term(
         self, batch: MicroBatch, logprobs: Tensor, normalizer: float, metrics: losses.Metrics
     ) -> Tensor:
@@ -186,10 +185,6 @@ class Trainer:
         metrics["kl_reference"] = losses.Mean(kl.detach().sum(), batch.mask.sum())
         aggregation = inspect.signature(self._loss).parameters["aggregation"].default
         return self._loss_config.kl_coefficient * losses.aggregate(kl, batch.mask, aggregation, normalizer)
-
-    def _learning_rate(self) -> float:
-        warmup = self._config.warmup_updates
-        return self._config.learning_rate * min(1.0, (self.updates + 1) / (warmup + 1))
 
     def _warn_if_inert(self, metrics: dict[str, float]) -> None:
         spread = max(abs(metrics.get("ratio_p01", 0.0) - 1), abs(metrics.get("ratio_max", 0.0) - 1))

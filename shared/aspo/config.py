@@ -39,6 +39,7 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["auto", "fp32", "bf16"]
 StalenessPolicy = Literal["drop", "mask", "decay"]
 
 
@@ -177,6 +178,10 @@ class LossConfig(Section):
         "behavior",
         description="Denominator of r: the sampler's own log-probs, or a recompute at the batch's start.",
     )
+    proximal_source: Literal["recompute", "loglinear"] = Field(
+        "recompute",
+        description="Proximal log-probs: a forward pass, or between the sampler's and the policy's by lag.",
+    )
     behavior_correction: Literal["truncate", "mask", "none"] = Field(
         "truncate", description="Weight by s = proximal/behavior; only with ratio_reference = 'proximal'."
     )
@@ -198,9 +203,21 @@ class LearnerConfig(Section):
     batch_prompts: int = Field(64, ge=1, description="Prompt groups per rollout batch.")
     mini_batch_prompts: int = Field(16, ge=1, description="Prompt groups per optimizer update.")
     epochs: int = Field(1, ge=1, description="Passes over a rollout batch.")
-    micro_batch_tokens: int = Field(16384, ge=1, description="Padded tokens per forward pass.")
+    micro_batch_tokens: int = Field(16384, ge=1, description="Tokens packed into a forward pass.")
+    precision: Precision = Field(
+        "auto", description="Of the products: fp32, bf16 (sums and weights stay fp32); auto: bf16 on a GPU."
+    )
+    activation_checkpointing: bool = Field(
+        False, description="Compute the layers again in backward: less memory, about a third more time."
+    )
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
-    warmup_updates: int = Field(10, ge=0, description="Linear warm-up, in optimizer updates; constant after.")
+    warmup_updates: int = Field(10, ge=0, description="Linear warm-up, in optimizer updates.")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="After the warm-up: constant, or a cosine down to a tenth at the last step."
+    )
+    max_skipped_updates: int = Field(
+        5, ge=1, description="Gradients in a row that are not finite before the run stops."
+    )
     betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="AdamW betas.")
     weight_decay: float = Field(0.1, ge=0, description="AdamW weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")

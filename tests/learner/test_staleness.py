@@ -190,7 +190,7 @@ def test_the_update_is_that_of_the_loss_without_masked_and_with_decayed_tokens(
     model = save_model(tmp_path / "model", hidden_size=64, layers=1)
     config = write_config(tmp_path, model=model, overrides=overrides)
     trainer = Trainer(Policy(config.model, CPU), config)
-    trainer.optimizer = torch.optim.SGD(
+    trainer.updater.optimizer = torch.optim.SGD(
         trainer.policy.model.parameters(), lr=0.5
     )  # the update is the gradient
     rng = np.random.default_rng(1)

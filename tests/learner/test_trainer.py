@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from aspo.config import Config, ConfigError, LossConfig
+from aspo.config import Config, ConfigError, LearnerConfig, LossConfig
 from aspo_learner.batching import micro_batches, repetition, sequences_of
+from aspo_learner.optimizer import DivergedError, Updater
 from aspo_learner.policy import Policy
 from aspo_learner.trainer import Trainer, build_loss
 from models import save_model
@@ -43,7 +45,7 @@ def test_scores_equal_the_models_own_log_softmax(
     groups = [make_group(policy.model, seed=seed, temperature=temperature) for seed in range(3)]
     sequences = [s for n, g in enumerate(groups) for s in sequences_of(g, [1.0] * len(g), n)]
     seen = []
-    for batch in micro_batches(sequences, range(len(sequences)), max_tokens=40, pad_id=0, device=CPU):
+    for batch in micro_batches(sequences, range(len(sequences)), max_tokens=40, device=CPU):
         logprobs, entropy = policy.score(batch, temperature)
         torch.testing.assert_close(
             logprobs[batch.mask], batch.behavior_logprobs[batch.mask], rtol=0, atol=2e-5
@@ -115,7 +117,7 @@ def test_training_raises_the_probability_of_rewarded_completions(
 def rescore(trainer: Trainer, group: object) -> np.ndarray:
     sequences = list(sequences_of(group, [0.0] * 4, 0))  # type: ignore[arg-type]
     scores: dict[int, np.ndarray] = {}
-    for batch in micro_batches(sequences, range(4), max_tokens=10_000, pad_id=0, device=CPU):
+    for batch in micro_batches(sequences, range(4), max_tokens=10_000, device=CPU):
         with torch.no_grad():
             logprobs, _ = trainer.policy.score(batch, 1.0)
         scores |= {i: logprobs[row][batch.mask[row]].numpy() for row, i in enumerate(batch.indices)}
@@ -176,7 +178,100 @@ def test_a_non_finite_gradient_skips_the_update(small_model: Path, tmp_path: Pat
     ]
     metrics = trainer.train_step(groups)
     assert metrics["skipped_updates"] == 2
-    assert trainer.updates == 0
+    assert trainer.updater.updates == 0
+
+
+def test_a_run_of_non_finite_gradients_ends(small_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        write_config(tmp_path, model=small_model, overrides=["learner.max_skipped_updates=3"])
+    )
+    groups = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
+    weight = next(trainer.policy.model.parameters())
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("inf")
+    trainer.train_step(groups[:2])
+    with torch.no_grad():
+        weight.copy_(whole)
+    trainer.train_step(groups[:2])
+    state = trainer.state()
+    assert state["skipped"] == 2
+    assert state["skipped_in_a_row"] == 0
+    with torch.no_grad():
+        weight[0, 0] = float("inf")
+    trainer.train_step(groups[:2])
+    with pytest.raises(DivergedError, match="3 gradients in a row were not finite"):
+        trainer.train_step(groups)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_learning_rate_warms_up_and_then_stays_or_falls(schedule: str) -> None:
+    config = LearnerConfig(
+        learning_rate=1.0,
+        warmup_updates=4,
+        schedule=schedule,
+        steps=10,
+        batch_prompts=4,
+        mini_batch_prompts=2,
+    )
+    updater = Updater([torch.nn.Parameter(torch.zeros(1))], config)
+    rates = []
+    for updater.updates in range(22):
+        rates.append(updater.learning_rate())
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    if schedule == "constant":
+        assert set(rates[4:]) == {1.0}
+    else:
+        assert rates[4:] == sorted(rates[4:], reverse=True)
+        assert rates[11] == pytest.approx(0.1 + 0.9 * 0.5), "half way"
+        assert rates[19:] == pytest.approx([0.1] * 3)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 3])
+def test_a_loglinear_proximal_lies_between_sampler_and_policy(
+    small_model: Path, tmp_path: Path, lag: int
+) -> None:
+    overrides = ["loss.ratio_reference=proximal", "loss.proximal_source=loglinear", "learner.epochs=1"]
+    trainer = make_trainer(write_config(tmp_path, model=small_model, overrides=overrides))
+    group = make_group(trainer.policy.model)
+    later = dataclasses.replace(group, behavior_logprobs=group.behavior_logprobs - np.float32(0.3))
+    metrics = trainer.train_step([later], lags=[np.full(group.offsets[-1], lag, dtype=np.int32)])
+    # All tokens are 0.3 nats more likely than when sampled: r has the part of it after the start, s the rest.
+    start = lag / (lag + 1)
+    assert metrics["ratio_p50"] == pytest.approx(np.exp(0.3 * (1 - start)), rel=1e-3)
+    assert metrics["mismatch_ratio_p50"] == pytest.approx(np.exp(0.3), rel=1e-3)
+
+
+def test_activation_checkpointing_changes_no_gradient(small_model: Path, tmp_path: Path) -> None:
+    config, found = write_config(tmp_path, model=small_model), []
+    for checkpointed in (False, True):
+        trainer = Trainer(Policy(config.model, CPU, checkpoint_activations=checkpointed), config)
+        groups = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
+        calls = count_layer_calls(trainer)
+        metrics = trainer.train_step(groups)
+        found.append((metrics["grad_norm"], flat(trainer), len(calls)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[1][2] == 2 * found[0][2], "each layer runs once more in backward"
+
+
+def count_layer_calls(trainer: Trainer) -> list[object]:
+    calls: list[object] = []
+    layer = trainer.policy.model.base_model.layers[0]
+    layer.mlp.register_forward_pre_hook(lambda *call: calls.append(call[0]))
+    return calls
+
+
+def test_bf16_products_stay_near_fp32(small_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model=small_model)
+    group = make_group(Policy(config.model, CPU).model)
+    sequences = list(sequences_of(group, [1.0] * 4, 0))
+    (batch,) = micro_batches(sequences, range(4), max_tokens=10_000, device=CPU)
+    with torch.no_grad():
+        exact, half = (Policy(config.model, CPU, precision=p).score(batch, 1.0)[0] for p in ("fp32", "bf16"))
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
 
 
 def trainer_config(tmp_path: Path, model: Path) -> Config:
