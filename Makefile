@@ -60,4 +60,4 @@ deploy/compose/.env:
 	cp deploy/compose/.env.example $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-trl .pytest_cache .mypy_cache .ruff_cache .hypothesis
