@@ -13,8 +13,8 @@ generated.
   would cost it time and need not is off: gradient checkpointing, and (with one update a batch and
   steps_per_generation = gradient_accumulation_steps) the pass for the old log-probs.
 - bare: transformers' forward with its own cross-entropy, and backward, on the very inputs that ours gave to
-  the model, as a hook on the model has seen them. No advantages, ratios, clipping, metrics or optimizer, but
-  a log-prob for every token, prompts included, where ours scores completions.
+  the model, as a hook on it has seen them, with the same attention. No advantages, ratios, clipping, metrics
+  or optimizer, but a log-prob for every token, prompts included, where ours scores completions.
 
 Both losses are the PPO clip at 0.2 with the mean over all tokens (TRL's default `dapo`, ours by the same
 name), no KL term, one update of AdamW, gradient norm cut at 1. TRL has no use for given behaviour log-probs
@@ -64,6 +64,7 @@ class Ours:
         self._groups = groups
         policy = Policy(config.model, torch.device("cpu"))
         self._trainer = Trainer(policy, config)
+        self.attention: str = policy.model.config._attn_implementation
         self.inputs: list[dict[str, Any]] = []
         self.grad_norm = 0.0
         noting = policy.model.base_model.register_forward_pre_hook(self._note, with_kwargs=True)
@@ -84,14 +85,16 @@ class Ours:
 
 
 class Bare:
-    """A forward and a backward with transformers' own loss."""
+    """A forward and a backward with transformers' own loss, on inputs and with the attention of ours."""
 
-    def __init__(self, folder: Path, inputs: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, folder: Path, ours: Ours) -> None:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self._model.set_attn_implementation(ours.attention)
         self._batches = [
-            (given, given["input_ids"].masked_fill(given["input_ids"] == PAD_ID, -100)) for given in inputs
+            (given, given["input_ids"].masked_fill(given["input_ids"] == PAD_ID, -100))
+            for given in ours.inputs
         ]
 
     def step(self) -> dict[str, float]:
@@ -146,7 +149,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     save_groups(groups, folder / "sequences.npz")
     width = padded_width(groups)
     ours = Ours(our_config(folder / "model", arguments, width), groups)
-    bare = Bare(folder / "model", ours.inputs)
+    bare = Bare(folder / "model", ours)
     bare.step()
     with Peer("step.py", threads=arguments.threads) as peer:
         versions = peer.ask(trl_order(folder, arguments))
