@@ -32,7 +32,7 @@ class LearnerStatus(BaseModel):
     `trouble` says why Redis or the disk takes no writes, while it does not; `redis_losses` counts the times
     that Redis was found to have lost data, `trials` what became of the versions that a canary has tried;
     both since the learner's start. `without_actors_seconds` says for how long no actor has been alive, None
-    while one is.
+    while one is, or while `trouble` keeps them from saying so.
     """
 
     run: str

@@ -149,7 +149,7 @@ class Learner:
             redis_losses=self._outages.losses,
             metrics=dict(history.last),
             actors=actors,
-            without_actors_seconds=self._attendance.absent_s,
+            without_actors_seconds=self._absent_s,
         )
 
     def not_ready(self) -> str | None:
@@ -163,12 +163,18 @@ class Learner:
         return self._publisher.version(self.step)
 
     def _actors(self) -> list[ActorStatus]:
+        if self._fence.trouble:
+            return []  # nobody can announce itself to a Redis that takes no writes: unknown
         try:
             actors = self._attendance.look()
         except redis.RedisError:
             return []
         self._gauges.set({"actors": len(actors)})
         return actors
+
+    @property
+    def _absent_s(self) -> float | None:
+        return None if self._fence.trouble else self._attendance.absent_s
 
     def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
         data, held_out = self.config.data, self.config.eval
@@ -302,7 +308,7 @@ class Learner:
                 if batch is not None:
                     return batch
             self._dispatch()
-            waiting = "waiting for rollouts" if self._attendance.absent_s is None else "waiting for an actor"
+            waiting = "waiting for rollouts" if self._absent_s is None else "waiting for an actor"
             self._phase = waiting if self.controls.running.is_set() else "paused"
             self._listen()
         return None
@@ -322,7 +328,8 @@ class Learner:
         elif time.monotonic() - self._heard > _SILENCE_S and self.controls.running.is_set():
             self._heard = time.monotonic()
             names = ", ".join(f"{actor.id} ({actor.state})" for actor in self._actors())
-            log.warning("no rollout for %.0f s; actors: %s", _SILENCE_S, names or "none; start `aspo actor`")
+            actors = f"actors: {names or 'none; start `aspo actor`'}"
+            log.warning("no rollout for %.0f s; %s", _SILENCE_S, self._fence.trouble or actors)
             self._say_hello()  # Redis may have lost it
             self._intake.reread(self._current)
             self._dispatcher.recover(self._intake.held)

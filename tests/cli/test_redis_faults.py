@@ -164,8 +164,14 @@ def test_a_full_redis_is_drained_and_then_goes_on(
         wait_until(lambda: fetch_status(project.url)["trouble"], 30, (learner,))
         assert "cannot be written to" in fetch_status(project.url)["trouble"]
         wait_until(lambda: fetch_status(project.url)["phase"] == "waiting for rollouts", 60, (learner,))
+        stream = f"aspo:{run}:rollouts:scripted"
+        [group] = client.xinfo_groups(stream)
+        assert group["last-delivered-id"] == client.xinfo_stream(stream)["last-generated-id"]
         client.config_set("maxmemory", 0)
         ends_well(project, learner, client, undisturbed)
+    before, _, after = learner.text.partition("Redis takes no writes")
+    assert "no actor is alive" in before, "the scripted actor does not announce itself"
+    assert "no actor is alive" not in after, "it could not have announced itself"
 
 
 @pytest.mark.faults
