@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ from pydantic import SecretStr
 from redis.exceptions import NoPermissionError
 
 from aspo.config import AuthConfig, Config, ConfigError, load_config
+from aspo.errors import AspoError
 from aspo.fence import Fence
 from aspo.preflight import require
 from aspo.queue import OUTAGE_S, QueueError, connect
@@ -23,6 +25,7 @@ from aspo.telemetry import setup_logging
 from aspo.weights.manifest import WeightsError
 
 log = logging.getLogger(__name__)
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 def _leave_on_sigterm() -> None:
@@ -31,6 +34,25 @@ def _leave_on_sigterm() -> None:
     A container's first process has no default action for it, and would be killed after the grace.
     """
     signal.signal(signal.SIGTERM, lambda signum, _frame: sys.exit(128 + signum))
+
+
+class DiskError(AspoError, RuntimeError):
+    """The disk does not take what a run must keep; the text says what to do."""
+
+    exit_code = 1
+
+
+@contextmanager
+def _disk_faults(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        raise DiskError(
+            f"the disk of {error.filename or folder} does not take writes ({error.strerror}); free some, or "
+            "mend it, and start the learner again: it resumes from its last checkpoint"
+        ) from error
 
 
 @contextmanager
@@ -49,12 +71,13 @@ def run_learner(path: Path, overrides: list[str]) -> None:
     setup_logging()
     config = load_config(path, overrides)
     require("learner", config)
-    with _denials():
-        fence = hold_run(config)
-    try:
-        _train(config, fence)
-    finally:
-        fence.release()
+    with _disk_faults(config.run.path):
+        with _denials():
+            fence = hold_run(config)
+        try:
+            _train(config, fence)
+        finally:
+            fence.release()
 
 
 def hold_run(config: Config) -> Fence:

@@ -8,6 +8,7 @@ from pathlib import Path
 import redis
 
 from aspo.config import ConfigError
+from aspo.weights.blobs import write_file
 
 
 def claim_run(client: redis.Redis, run: str, folder: Path) -> None:
@@ -18,7 +19,7 @@ def claim_run(client: redis.Redis, run: str, folder: Path) -> None:
     path, key = folder / "id", f"aspo:{run}:id"
     begun = path.exists()
     if not begun:
-        path.write_text(uuid.uuid4().hex)
+        write_file(path, uuid.uuid4().hex.encode())
     mine = path.read_text()
     client.setnx(key, mine)
     if client.get(key) != mine.encode():

@@ -14,6 +14,8 @@ from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.presence import ActorStatus
 from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
+from aspo.weights.blobs import write_file
+from aspo.weights.manifest import StorageError
 from aspo_learner.batching import repetition
 from aspo_learner.policy import Policy
 from aspo_learner.publisher import Publisher
@@ -87,7 +89,7 @@ class RunHistory:
         )
         path = self._folder / "metrics.jsonl"
         lines = path.read_text().splitlines()[: state["steps"]] if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines))
+        write_file(path, "".join(f"{line}\n" for line in lines).encode())
         self._steps = [json.loads(line) for line in lines]
         self.last = self._steps[-1] if self._steps else {}
 
@@ -114,20 +116,27 @@ class RunHistory:
             "objective": self._objective,
             "model": str(model),
         }
-        (self._folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_file(self._folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         if self._steps:
             plot_curves(self._steps, self._folder / "curves.png")
         return summary
 
 
 def save_model(policy: Policy, tensors: dict[str, Any], folder: Path) -> None:
-    """Write weights, config and tokenizer as a folder that `from_pretrained` and vLLM load."""
+    """Write weights, config and tokenizer as a folder that `from_pretrained` and vLLM load.
+
+    Raises `StorageError` when the disk does not take the weights.
+    """
     import safetensors.torch
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in policy.published_files().items():
         (folder / name).write_bytes(content)
-    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise StorageError(f"cannot write {path} ({error}); free some disk") from error
 
 
 def plot_curves(steps: Sequence[dict[str, float]], path: Path) -> None:

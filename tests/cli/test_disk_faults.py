@@ -65,6 +65,28 @@ def test_a_learner_told_to_stop_does_not_wait_for_disk(
         ends_well(project, project.learner(), client, undisturbed)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "state/plan.jsonl"])
+def test_a_full_disk_under_a_log_of_the_run_ends_the_learner_plainly(
+    project: Project, undisturbed: Outcome, client: redis.Redis, redis_url: str, name: str
+) -> None:
+    """Row 15, the files that grow line by line: one line says what to do, and the next learner goes on."""
+    path = project.runs / name
+    kept, full = path.with_suffix(".kept"), path.with_suffix(".full")
+    with ScriptedActor(redis_url, project.run, project.runs):
+        learner = project.learner()
+        wait_until(lambda: step_of(project.url) >= 8, 60, (learner,))
+        kept.hardlink_to(path)
+        full.symlink_to("/dev/full")
+        full.rename(path)
+        assert learner.wait(60) == 1, learner.text
+        assert "No space left on device); free some" in learner.text
+        assert "Traceback" not in learner.text
+        kept.rename(path)
+        with path.open("a") as file:
+            file.write('{"step": ')  # a disk takes what it can
+        ends_well(project, project.learner(), client, undisturbed)
+
+
 def flip(checkpoint: Path) -> None:
     path = checkpoint / "optimizer.safetensors"
     data = bytearray(path.read_bytes())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from aspo.weights.manifest import DIGEST_PATTERN, BlobRef, WeightsError
+from aspo.weights.manifest import DIGEST_PATTERN, BlobRef, StorageError
 
 TEMPORARY = ".tmp-"  # how the name of a file begins that is not whole yet
 
@@ -23,7 +23,7 @@ class BlobStore:
         folder.mkdir(parents=True, exist_ok=True)
 
     def put(self, content: bytes) -> BlobRef:
-        """Store a blob durably; raises `WeightsError` if it cannot be written."""
+        """Store a blob durably; raises `StorageError` if it cannot be written."""
         digest = blake3(content, max_threads=blake3.AUTO).hexdigest()
         if self.verify(digest) is None:  # one that was damaged is mended
             write_file(self.folder / digest, content)
@@ -76,5 +76,5 @@ def write_file(path: Path, content: bytes) -> None:
         raise _cannot_write(path, error) from error
 
 
-def _cannot_write(path: Path, error: OSError) -> WeightsError:
-    return WeightsError(f"cannot write {path}: {error.strerror}; free space or mend permissions")
+def _cannot_write(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error.strerror}; free space or mend permissions")

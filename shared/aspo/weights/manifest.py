@@ -31,6 +31,12 @@ class WeightsError(AspoError, RuntimeError):
     """Weights cannot be stored, fetched or trusted; the text says which and why."""
 
 
+class StorageError(WeightsError):
+    """The disk does not take what is to be kept."""
+
+    exit_code = 1
+
+
 class _Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A message that is encoded as JSON."""
 
