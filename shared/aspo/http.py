@@ -38,6 +38,8 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from aspo.config import AuthConfig
 from aspo.errors import AspoError
@@ -106,6 +108,7 @@ def create_app(
         openapi_url=None,  # its routes and its pages are public; `_describe` adds one that is not
     )
     app.add_middleware(RequestBodyLimitMiddleware, max_body_size=MAX_BODY)
+    app.add_middleware(_DeclaredBodyLimit)  # runs first
     app.state.auth = auth
     app.state.closing = asyncio.Event()  # set when the server is told to stop: long-polls answer then
     app.state.refusals = Pace(rate=50, wait_s=1.0)
@@ -194,6 +197,21 @@ def require(scope: Scope) -> Any:
 def blob_ticket(token: str, digest: str) -> str:
     """Prove knowledge of a token to a peer without showing it: opens one blob, and nothing else."""
     return hmac.new(token.encode(), f"blob {digest}".encode(), "sha256").hexdigest()
+
+
+class _DeclaredBodyLimit:
+    """Refuses bodies that say they are too large, as errors are told: Starlette's limit writes plain text."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: ASGIScope, receive: Receive, send: Send) -> None:
+        declared = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if scope["type"] != "http" or int(declared) <= MAX_BODY:  # uvicorn refuses what is no number
+            await self._app(scope, receive, send)
+            return
+        refusal = StarletteHTTPException(413)
+        await (await _on_http_error(Request(scope), refusal))(scope, receive, send)
 
 
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
