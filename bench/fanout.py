@@ -158,13 +158,13 @@ async def follow(session: Any, url: str, number: int, pulled: list[int]) -> None
 
 
 def relay(url: str, folder: Path, pipe: Connection) -> None:
-    from aspo.config import AuthConfig
+    from aspo.config import AuthConfig, HttpConfig
     from aspo.http import url_of
     from aspo.weights.relay import Relay
 
     leave_a_core()
-    found = Relay(url, folder, AuthConfig(), host="127.0.0.1", port=0)
-    pipe.send(url_of(found.listener))
+    found = Relay(url, folder, AuthConfig(), HttpConfig())
+    pipe.send(url_of(found.place.listener))
     asyncio.run(found.run())
 
 

@@ -20,12 +20,11 @@ import redis
 
 from aspo.config import Config
 from aspo.hello import HelloError, heard, own_hello, require_equal
-from aspo.http import Server, listen, listen_for_probes, reachable
+from aspo.http import bind, reachable
 from aspo.presence import ActorStatus, announce, withdraw
 from aspo.queue import connect
 from aspo.schemas import Hello
 from aspo.telemetry import ACTOR_METRICS, Gauges
-from aspo.tls import server_context
 from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.manifest import Manifest, Plan, WeightsError
 from aspo_actor.app import build_app
@@ -48,9 +47,7 @@ class Actor:
         self._config = config
         self.id = config.actor.id or f"{socket.gethostname()}-{os.getpid()}"
         self._redis = connect(config.redis.location)
-        self._listener = listen(config.actor.host, config.actor.port, config.auth)
-        self._probes = listen_for_probes(config.actor.host, config.actor.probe_port, config.auth)
-        self._tls = server_context(config.actor.tls_cert, config.actor.tls_key)
+        self._place = bind(config.actor, config.auth)
         self._folder = config.run.path / "actors" / self.id
         self._gauges = Gauges("actor", ACTOR_METRICS)
         self._state = "starting"
@@ -78,7 +75,7 @@ class Actor:
             tls_ca=self._config.actor.tls_ca,
         )
         app = build_app(self, client.cache, self._gauges, self._config.auth)
-        with Server(app, self._listener, self._tls, probes=self._probes) as server:
+        with self._place.serve(app) as server:
             client.serves = self._config.actor.advertise_url or reachable(server.url)
             log.info("actor %s of run %s serves on %s", self.id, self._config.run.name, server.url)
             beating = asyncio.create_task(self._heartbeat(server.url))

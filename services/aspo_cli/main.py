@@ -100,13 +100,19 @@ def relay(
     learner: LearnerUrl = DEFAULT_LEARNER,
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to serve on; 0 picks a free one.")] = 8002,
+    probe_port: Annotated[int | None, typer.Option(help="Port for the probes alone.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="PEM certificate chain to serve HTTPS with.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     advertise: Annotated[str | None, typer.Option(help="URL by which actors reach this relay.")] = None,
     token: Token = None,
+    token_file: Annotated[Path | None, typer.Option(help="File that holds the token.")] = None,
 ) -> None:
     """Re-serve a learner's weights, verified; actors name the relay as their actor.learner_url."""
     from aspo_cli.services import run_relay
 
-    run_relay(folder, learner, token, host, port, advertise)
+    auth = {"actor_token": token or None, "actor_token_file": token_file}
+    http = {"host": host, "port": port, "probe_port": probe_port, "tls_cert": tls_cert, "tls_key": tls_key}
+    run_relay(folder, learner, advertise, auth, http)
 
 
 @app.command()

@@ -8,15 +8,15 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import redis
-from pydantic import SecretStr
+from pydantic import ValidationError
 from redis.exceptions import NoPermissionError
 
-from aspo.config import AuthConfig, Config, ConfigError, load_config
+from aspo.config import AuthConfig, Config, ConfigError, HttpConfig, describe_validation_error, load_config
 from aspo.errors import AspoError
 from aspo.fence import Fence
 from aspo.preflight import require
@@ -135,15 +135,25 @@ def run_actor(path: Path, overrides: list[str]) -> None:
 
 
 def run_relay(
-    folder: Path, learner: str, token: str | None, host: str, port: int, advertise: str | None
+    folder: Path,
+    learner: str,
+    advertise: str | None,
+    auth: Mapping[str, object],
+    http: Mapping[str, object],
 ) -> None:
-    """Re-serve weights until told to stop; the token is the one for the learner and the one it asks for."""
+    """Re-serve weights until told to stop; the token is the one for the learner and the one it asks for.
+
+    `auth` and `http` are fields of `AuthConfig` and `HttpConfig`.
+    """
     setup_logging()
     from aspo.weights.relay import Relay
 
-    auth = AuthConfig(actor_token=SecretStr(token) if token else None)
     try:
-        relay = Relay(learner, folder, auth, host=host, port=port, advertise_url=advertise)
+        tokens, served = AuthConfig.model_validate(auth), HttpConfig.model_validate(http)
+    except ValidationError as error:
+        raise ConfigError(describe_validation_error(error)) from None
+    try:
+        relay = Relay(learner, folder, tokens, served, advertise_url=advertise)
     except OSError as error:
         raise ConfigError(f"cannot keep weights in {folder}: {error.strerror}; name another folder") from None
     asyncio.run(relay.run())

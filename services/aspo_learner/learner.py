@@ -21,12 +21,11 @@ from aspo.config import Config, ConfigError
 from aspo.failpoints import reach
 from aspo.fence import Fence
 from aspo.hello import file_refs, own_hello, say
-from aspo.http import Server, listen, listen_for_probes
+from aspo.http import bind
 from aspo.presence import ActorStatus, Attendance, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
-from aspo.tls import server_context
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
@@ -61,9 +60,7 @@ class Learner:
         self._redis = connect(config.redis.location, retries=OUTAGE_S)
         self._status_redis = connect(config.redis.location)  # the HTTP thread must not wait out an outage
         self._attendance = Attendance(self._status_redis, config.run.name)
-        self._listener = listen(config.learner.host, config.learner.port, config.auth)
-        self._probes = listen_for_probes(config.learner.host, config.learner.probe_port, config.auth)
-        self._tls = server_context(config.learner.tls_cert, config.learner.tls_key)
+        self._place = bind(config.learner, config.auth)
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
@@ -103,7 +100,7 @@ class Learner:
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
         app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
-        with Server(app, self._listener, self._tls, probes=self._probes) as server:
+        with self._place.serve(app) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
             self._planner.resume(self._current)
             self._publish()

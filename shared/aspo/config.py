@@ -13,7 +13,7 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlencode
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
@@ -55,7 +55,24 @@ class Section(BaseModel):
 
 def _require_pair(section: str, cert: Path | None, key: Path | None) -> None:
     if (cert is None) != (key is None):
-        raise ValueError(f"{section}.tls_cert and {section}.tls_key go together; set both or neither")
+        raise ValueError(f"{section}tls_cert and {section}tls_key go together; set both or neither")
+
+
+class HttpConfig(Section):
+    """Where a service answers, and how it is known to be itself."""
+
+    _prefix: ClassVar[str] = ""  # of the settings' names, for messages
+
+    host: str = Field("127.0.0.1", description="Address to serve on.")
+    port: Port = Field(0, description="Port to serve on; 0 picks a free one.")
+    probe_port: Port | None = Field(None, description="Port for /livez, /readyz and /metrics alone.")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
+    tls_key: Path | None = Field(None, description="Its key.")
+
+    @model_validator(mode="after")
+    def _whole_pair(self) -> Self:
+        _require_pair(self._prefix, self.tls_cert, self.tls_key)
+        return self
 
 
 class RunConfig(Section):
@@ -87,7 +104,7 @@ class RedisConfig(Section):
 
     @model_validator(mode="after")
     def _tls_needs_rediss(self) -> RedisConfig:
-        _require_pair("redis", self.tls_cert, self.tls_key)
+        _require_pair("redis.", self.tls_cert, self.tls_key)
         if (self.tls_ca or self.tls_cert) and not self.url.startswith("rediss://"):
             raise ValueError("redis.tls_ca and redis.tls_cert need a redis.url that begins with rediss://")
         return self
@@ -194,8 +211,10 @@ class LossConfig(Section):
     )
 
 
-class LearnerConfig(Section):
+class LearnerConfig(HttpConfig):
     """Optimisation and cadence."""
+
+    _prefix = "learner."
 
     device: str = Field("auto", description="cpu, cuda, cuda:N; auto takes a GPU when there is one.")
     threads: int | None = Field(None, ge=1, description="CPU threads of the learner; unset: torch's choice.")
@@ -235,17 +254,10 @@ class LearnerConfig(Section):
         10, ge=1, description="Steps between durable checkpoints; rollouts are kept till then."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
-    host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8000, description="Port to serve on; 0 picks a free one.")
-    probe_port: Port | None = Field(
-        None, description="Port for /livez, /readyz and /metrics alone, which no other request holds up."
-    )
-    tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
-    tls_key: Path | None = Field(None, description="Its key.")
 
     @model_validator(mode="after")
     def _whole_mini_batches(self) -> LearnerConfig:
-        _require_pair("learner", self.tls_cert, self.tls_key)
         if self.mini_batch_prompts > self.batch_prompts:
             raise ValueError(
                 f"mini_batch_prompts ({self.mini_batch_prompts}) exceeds batch_prompts "
@@ -288,8 +300,10 @@ class EngineConfig(Section):
     extra: dict[str, Any] = Field(default_factory=dict, description="Any other AsyncEngineArgs field.")
 
 
-class ActorConfig(Section):
+class ActorConfig(HttpConfig):
     """An actor: where it finds the learner and how much it takes on."""
+
+    _prefix = "actor."
 
     id: Name | None = Field(None, description="Unset: host name and process id.")
     learner_url: str = Field(
@@ -297,13 +311,7 @@ class ActorConfig(Section):
         pattern=r"^https?://",
         description="Where the weights come from: the learner, or a relay.",
     )
-    host: str = Field("127.0.0.1", description="Address to serve on.")
     port: Port = Field(8001, description="Port to serve on; 0 picks a free one.")
-    probe_port: Port | None = Field(
-        None, description="Port for /livez, /readyz and /metrics alone, which no other request holds up."
-    )
-    tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
-    tls_key: Path | None = Field(None, description="Its key.")
     tls_ca: Path | None = Field(None, description="CA of the learner and other actors; unset: the system's.")
     advertise_url: str | None = Field(
         None,
@@ -321,11 +329,6 @@ class ActorConfig(Section):
     probe_every_s: float = Field(30.0, gt=0, description="Seconds between tokens generated as a probe.")
     probe_timeout_s: float = Field(60.0, gt=0, description="An engine silent for so long is given up.")
     engine: EngineConfig = EngineConfig()
-
-    @model_validator(mode="after")
-    def _whole_pair(self) -> ActorConfig:
-        _require_pair("actor", self.tls_cert, self.tls_key)
-        return self
 
 
 class AuthConfig(Section):
@@ -370,9 +373,7 @@ def _read_token(setting: str, path: Any) -> str:
         token = Path(path).read_text().strip()
     except (OSError, TypeError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text file"
-        raise ValueError(
-            f"{setting}: cannot read {path} ({reason}); name a file that holds a token"
-        ) from None
+        raise ValueError(f"{setting}: cannot read {path} ({reason}); name a file with a token") from None
     if not token:
         raise ValueError(f"{setting}: {path} is empty; put a token in it")
     return token

@@ -5,12 +5,12 @@
     @app.get("/v1/status", dependencies=[require(Scope.READER)])
     def status() -> Status: ...
 
-    with Server(app, listen(host, port, settings.auth)) as server:      # uvicorn in a thread of its own
+    with bind(settings.learner, settings.auth).serve(app) as server:    # uvicorn in a thread of its own
         print(server.url)
 
 Probes and metrics are public; every other route names a scope. Without tokens only loopback addresses are
-served. `Server(..., probes=listen(...))` serves the probes on a port of their own as well, in a thread that
-no other request can hold up.
+served. With a `probe_port` the probes are served on a port of their own as well, in a thread that no other
+request can hold up.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,9 +42,10 @@ from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as ASGIScope
 
-from aspo.config import AuthConfig
+from aspo.config import AuthConfig, HttpConfig
 from aspo.errors import AspoError
 from aspo.limits import MAX_BODY, BoundedProtocol, Limits, Pace
+from aspo.tls import server_context
 
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 _LIMITS = Limits()
@@ -263,9 +265,25 @@ def listen(host: str, port: int, auth: AuthConfig) -> socket.socket:
     return listener
 
 
-def listen_for_probes(host: str, port: int | None, auth: AuthConfig) -> socket.socket | None:
-    """Bind the socket for the probes' own port, where there is to be one; raises as `listen` does."""
-    return None if port is None else listen(host, port, auth)
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a service will answer; bound at once, so that a mistake shows before anything heavy is loaded."""
+
+    listener: socket.socket
+    probes: socket.socket | None
+    tls: ssl.SSLContext | None
+
+    def serve(self, app: FastAPI) -> Server:
+        """Make the server of an app at this place."""
+        return Server(app, self.listener, self.tls, probes=self.probes)
+
+
+def bind(config: HttpConfig, auth: AuthConfig) -> Place:
+    """Bind a service's ports and load its certificate; raises `ServeError` and `TlsError`."""
+    tls = server_context(config.tls_cert, config.tls_key)
+    listener = listen(config.host, config.port, auth)
+    probes = None if config.probe_port is None else listen(config.host, config.probe_port, auth)
+    return Place(listener, probes, tls)
 
 
 def _is_loopback(host: str) -> bool:

@@ -16,7 +16,7 @@ from pydantic import SecretStr
 
 import aspo_actor.app
 import aspo_learner.app
-from aspo.config import AuthConfig, CanaryConfig
+from aspo.config import AuthConfig, CanaryConfig, HttpConfig
 from aspo.http import Scope, ServeError, Server, listen
 from aspo.presence import ActorStatus
 from aspo.telemetry import ACTOR_METRICS, LEARNER_METRICS, Gauges
@@ -65,8 +65,8 @@ def learner_app(learner: StubLearner, store: WeightStore) -> FastAPI:
 
 
 def relay_app(folder: Path) -> FastAPI:
-    relay = Relay("http://127.0.0.1:1", folder, AUTH, host="127.0.0.1", port=0)
-    relay.listener.close()
+    relay = Relay("http://127.0.0.1:1", folder, AUTH, HttpConfig())
+    relay.place.listener.close()
     return relay.app
 
 

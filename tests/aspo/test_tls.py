@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import ipaddress
+import json
 import socket
 import socketserver
 import ssl
@@ -11,7 +12,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 from cryptography import x509
@@ -218,6 +221,34 @@ def test_the_command_line_believes_the_ca_of_ssl_cert_file(
     with pytest.raises(ConfigError, match=r"the certificate of https://.* is not trusted") as caught:
         ask(service, "/v1/weights", None, expect={"live"})
     assert "SSL_CERT_FILE" in str(caught.value)
+
+
+def test_a_relay_serves_https_to_who_has_its_token(service: str, pki: Path, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret\n")
+    port, probe_port = free_port(), free_port()
+    relay = Service(
+        tmp_path, "relay", "relay", "--learner", service,
+        "--port", str(port), "--probe-port", str(probe_port),
+        "--tls-cert", str(pki / "service.pem"), "--tls-key", str(pki / "service.key"),
+        "--token-file", str(tmp_path / "token"), environment={"SSL_CERT_FILE": str(pki / "ca.pem")},
+        forked=True,
+    )  # fmt: skip
+    trusted = client_context(pki / "ca.pem")
+
+    def is_ready() -> bool:
+        with suppress(OSError), urlopen(f"https://127.0.0.1:{probe_port}/readyz", context=trusted) as answer:
+            return bool(answer.status == 200)
+        return False
+
+    try:
+        wait_until(is_ready, 60, (relay,))
+        with pytest.raises(HTTPError, match="401"):
+            urlopen(f"https://127.0.0.1:{port}/v1/weights", context=trusted)
+        request = Request(f"https://127.0.0.1:{port}/v1/weights", headers={"Authorization": "Bearer secret"})
+        with urlopen(request, context=trusted) as answer:
+            assert json.load(answer)["live"] == str(version(0))
+    finally:
+        relay.kill()
 
 
 @pytest.mark.parametrize("role", ["learner", "actor"])

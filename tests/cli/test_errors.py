@@ -98,6 +98,8 @@ def test_no_config_and_no_learner_are_said_plainly(tmp_path: Path) -> None:
         (["weights", "pull", "model"], "model exists; name a folder that does not"),
         (["weights", "verify", "--store", "nowhere"], "nowhere is not a store of weights"),
         (["relay", "relay", "--host", "0.0.0.0"], "refusing to serve on 0.0.0.0 without tokens"),
+        (["relay", "relay", "--tls-cert", "a.pem"], "tls_cert and tls_key go together"),
+        (["relay", "relay", "--token-file", "none"], "cannot read none (No such file or directory)"),
         (["relay", "good.jsonl"], "cannot keep weights in good.jsonl"),
     ],
 )

@@ -1,6 +1,6 @@
 """A relay: follows a learner's weights and serves them on, so that many actors cost the learner one.
 
-    await Relay("http://learner:8000", Path("relay"), auth, host="0.0.0.0", port=8002).run()
+    await Relay("http://learner:8000", Path("relay"), auth, HttpConfig(host="0.0.0.0", port=8002)).run()
 
 Actors name the relay as their `actor.learner_url`, and a relay may follow another. It answers the same
 weight routes from a store of its own, and only with what it has verified.
@@ -16,8 +16,8 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
-from aspo.config import AuthConfig
-from aspo.http import Server, create_app, listen, reachable
+from aspo.config import AuthConfig, HttpConfig
+from aspo.http import bind, create_app, reachable
 from aspo.schemas import PolicyVersion
 from aspo.weights.client import VersionGone, WeightClient
 from aspo.weights.leases import Leases
@@ -39,13 +39,12 @@ class Relay:
         learner_url: str,
         folder: Path,
         auth: AuthConfig,
+        http: HttpConfig,
         *,
-        host: str,
-        port: int,
         advertise_url: str | None = None,
     ) -> None:
         self._url, self._auth, self._advertised = learner_url, auth, advertise_url
-        self.listener = listen(host, port, auth)
+        self.place = bind(http, auth)
         self._leases = Leases()
         self._store = WeightStore(folder, leased=self._leases.versions)
         self._since_refresh = 0
@@ -60,9 +59,9 @@ class Relay:
         for signum in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(signum, stop.set)
         token = self._auth.actor_token.get_secret_value() if self._auth.actor_token else None
-        with Server(self.app, self.listener) as server:
+        with self.place.serve(self.app) as server:
             log.info("relay of %s serves on %s", self._url, server.url)
-            name = f"relay-{socket.gethostname()}-{self.listener.getsockname()[1]}"
+            name = f"relay-{socket.gethostname()}-{self.place.listener.getsockname()[1]}"
             serves = self._advertised or reachable(server.url)
             client = WeightClient(
                 self._url, self._store.blobs.folder, token=token, name=name, serves=serves, role="relay"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from aspo.config import AuthConfig
+from aspo.config import AuthConfig, HttpConfig
 from aspo.http import url_of
 from aspo.weights.client import Mirror, WeightClient
 from aspo.weights.relay import Relay
@@ -21,7 +21,7 @@ Serve = Callable[..., str]
 
 @pytest.fixture
 async def relay(serve: Serve, tmp_path: Path) -> AsyncIterator[Relay]:
-    relay = Relay(serve(), tmp_path / "relay", AuthConfig(), host="127.0.0.1", port=0)
+    relay = Relay(serve(), tmp_path / "relay", AuthConfig(), HttpConfig())
     running = asyncio.create_task(relay.run())
     yield relay
     running.cancel()
@@ -45,7 +45,7 @@ async def test_actors_behind_a_relay_follow_by_deltas(
     store: WeightStore, relay: Relay, tmp_path: Path
 ) -> None:
     store.put(version(0), tensors(0), FILES)
-    async with WeightClient(url_of(relay.listener), tmp_path / "cache") as client:
+    async with WeightClient(url_of(relay.place.listener), tmp_path / "cache") as client:
         mirror = Mirror(client)
         assert await follow(client, mirror, 0) == "snapshot"
         for step in (1, 2, 3):
@@ -56,13 +56,13 @@ async def test_actors_behind_a_relay_follow_by_deltas(
 async def test_a_late_actor_and_a_long_run_are_served_too(
     store: WeightStore, relay: Relay, tmp_path: Path
 ) -> None:
-    async with WeightClient(url_of(relay.listener), tmp_path / "cache") as client:
+    async with WeightClient(url_of(relay.place.listener), tmp_path / "cache") as client:
         mirror = Mirror(client)
         for step in range(40):
             await asyncio.to_thread(store.put, version(step), tensors(step), FILES)
             if step % 8 == 7:
                 await follow(client, mirror, step)
-    async with WeightClient(url_of(relay.listener), tmp_path / "late") as late:
+    async with WeightClient(url_of(relay.place.listener), tmp_path / "late") as late:
         kind = await follow(late, Mirror(late), 39)
         assert kind in ("snapshot", "snapshot+deltas")
     assert len(list((tmp_path / "relay/manifests").iterdir())) < 40, "the relay collects, too"
@@ -71,7 +71,7 @@ async def test_a_late_actor_and_a_long_run_are_served_too(
 async def test_a_relay_follows_a_rollback(store: WeightStore, relay: Relay, tmp_path: Path) -> None:
     for step in range(3):
         store.put(version(step), tensors(step), FILES)
-    async with WeightClient(url_of(relay.listener), tmp_path / "cache") as client:
+    async with WeightClient(url_of(relay.place.listener), tmp_path / "cache") as client:
         mirror = Mirror(client)
         await follow(client, mirror, 2)
         store.roll_back(version(1))
@@ -85,11 +85,11 @@ async def test_a_relay_follows_a_rollback(store: WeightStore, relay: Relay, tmp_
 
 async def test_a_restarted_relay_serves_what_it_has(store: WeightStore, relay: Relay, tmp_path: Path) -> None:
     store.put(version(0), tensors(0), FILES)
-    async with WeightClient(url_of(relay.listener), tmp_path / "cache") as client:
+    async with WeightClient(url_of(relay.place.listener), tmp_path / "cache") as client:
         await follow(client, Mirror(client), 0)
-    again = Relay("http://127.0.0.1:1", tmp_path / "relay", AuthConfig(), host="127.0.0.1", port=0)
+    again = Relay("http://127.0.0.1:1", tmp_path / "relay", AuthConfig(), HttpConfig())
     running = asyncio.create_task(again.run())
-    async with WeightClient(url_of(again.listener), tmp_path / "cache2") as client:
+    async with WeightClient(url_of(again.place.listener), tmp_path / "cache2") as client:
         await follow(client, Mirror(client), 0)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
