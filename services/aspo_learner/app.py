@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from pydantic import BaseModel
 
 from aspo.config import AuthConfig
@@ -86,6 +87,8 @@ class Observed(Protocol):
 
     def not_ready(self) -> str | None: ...
 
+    def unsure(self) -> str | None: ...
+
 
 class Rollback(BaseModel):
     """Which version to go back to, and whether the learner, too, is to continue from it."""
@@ -100,7 +103,7 @@ def build_app(
     """Make the learner's app."""
     app = create_app("learner", auth=auth, ready=learner.not_ready, registry=gauges.registry)
     app.include_router(_release_routes(learner, store))
-    app.include_router(weight_routes(store, leases))
+    app.include_router(weight_routes(store, leases), dependencies=[Depends(_require_sure(learner))])
     app.include_router(blob_routes(store.blobs))
     operator = [require(Scope.OPERATOR)]
 
@@ -128,6 +131,16 @@ def build_app(
         return Acknowledgement(state="requested")
 
     return app
+
+
+def _require_sure(learner: Observed) -> Callable[[], Awaitable[None]]:
+    """Make the check that keeps a learner which overslept from calling its weights the latest."""
+
+    async def check() -> None:
+        if reason := learner.unsure():
+            raise ApiError(503, "unsure", reason, "ask again: it finds out, or another learner answers")
+
+    return check
 
 
 def _release_routes(learner: Observed, store: WeightStore) -> APIRouter:

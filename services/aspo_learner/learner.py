@@ -58,7 +58,8 @@ class Learner:
     def __init__(self, config: Config, fence: Fence) -> None:
         self.config, self.controls, self._fence = config, Controls(), fence
         self._redis = connect(config.redis.location, retries=OUTAGE_S)
-        self._status_redis = connect(config.redis.location)  # the HTTP thread must not wait out an outage
+        # The HTTP thread must not wait out an outage.
+        self._status_redis = connect(config.redis.location, retries=1, timeout_s=1.0)
         self._attendance = Attendance(self._status_redis, config.run.name)
         self._place = bind(config.learner, config.auth)
         if config.learner.threads:
@@ -149,11 +150,15 @@ class Learner:
             without_actors_seconds=self._absent_s,
         )
 
+    def unsure(self) -> str | None:
+        """Why the learner may not speak for the run now, None if it may: it has slept, or cannot ask."""
+        return "the learner does not know whether it still holds the run" if self._fence.lapsed else None
+
     def not_ready(self) -> str | None:
         """Why the learner cannot do its work now, None if it can."""
         if self._store.live() is None:
             return "no version is published yet"
-        return fault_of(self.config.redis.location)
+        return fault_of(self.config.redis.location) or self.unsure()
 
     @property
     def _current(self) -> PolicyVersion:

@@ -50,10 +50,7 @@ class DataLostError(AspoError, RuntimeError):
 
 
 class Fence:
-    """The right to change a run, held by one learner at a time; safe from any thread.
-
-    `trouble` says why the lease could not be renewed the last time, None if it was: Redis takes no writes.
-    """
+    """The right to change a run, held by one learner at a time; safe from any thread."""
 
     def __init__(self, client: redis.Redis, run: str, folder: Path, owner: bytes) -> None:
         self._client, self._run, self._owner = client, run, owner
@@ -62,7 +59,8 @@ class Fence:
         self._epoch = 0
         self._left = threading.Event()
         self._lost: FencedError | None = None
-        self.trouble: str | None = None
+        self._fault: str | None = None
+        self._confirmed = time.monotonic()
         self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
 
     @classmethod
@@ -84,6 +82,18 @@ class Fence:
     def epoch(self) -> int:
         """This learner's epoch."""
         return self._epoch
+
+    @property
+    def lapsed(self) -> bool:
+        """Whether another learner may hold the run by now, as far as this process' own clock can tell."""
+        return self._lost is not None or time.monotonic() > self._confirmed + LEASE_S
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the lease is not renewed, None while it is: Redis takes no writes, or is silent."""
+        silent_s = time.monotonic() - self._confirmed
+        silence = f"Redis has not answered for {silent_s:.0f} s" if silent_s > LEASE_S else None
+        return self._fault or silence
 
     def advance(self) -> int:
         """Go on under a higher epoch than any before; returns it."""
@@ -116,6 +126,7 @@ class Fence:
         self.require()
         with self._client.pipeline(transaction=True) as pipeline:
             while True:
+                asked = time.monotonic()
                 try:
                     pipeline.watch(self._epoch_key)
                     highest = int(pipeline.get(self._epoch_key) or 0)
@@ -125,6 +136,7 @@ class Fence:
                             f"Redis does not know epoch {self._epoch} of run {self._run!r}; run it with "
                             "--appendonly yes, and start the learner again if it has ended"
                         )
+                    self._confirmed = asked
                     if condition is not None and not condition(pipeline):
                         return []
                     pipeline.multi()
@@ -177,16 +189,17 @@ class Fence:
         while not self._left.wait(LEASE_S / 3):
             try:
                 self.execute(lambda p: p.set(self._lease_key, self._owner, px=int(LEASE_S * 1000)))
-                self.trouble = None
+                self._fault = None
             except FencedError as error:
                 log.error("%s", error)
                 return
             except (DataLostError, redis.RedisError) as error:
-                self.trouble = f"Redis cannot be written to: {error}"
+                self._fault = f"Redis cannot be written to: {error}"
 
     def _raise_epoch(self, floor: int) -> int:
         with self._client.pipeline(transaction=True) as pipeline:
             while True:
+                asked = time.monotonic()
                 try:
                     pipeline.watch(self._epoch_key)
                     highest = int(pipeline.get(self._epoch_key) or 0)
@@ -196,6 +209,7 @@ class Fence:
                     pipeline.multi()
                     pipeline.set(self._epoch_key, epoch)
                     pipeline.execute()
+                    self._confirmed = asked
                     return epoch
                 except redis.WatchError:
                     continue

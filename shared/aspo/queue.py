@@ -44,11 +44,14 @@ class QueueError(AspoError, RuntimeError):
     """Redis cannot be used as configured; the text says what to do."""
 
 
-def connect(url: str, *, retries: int = 5) -> redis.Redis:
-    """Connect, riding out outages of about `retries` seconds; raises `QueueError` when there is no Redis."""
-    options: dict[str, Any] = {"protocol": 2, "health_check_interval": 30, "socket_timeout": 10}
+def connect(url: str, *, retries: int = 5, timeout_s: float = 10.0) -> redis.Redis:
+    """Connect, riding out outages of about `retries` seconds; raises `QueueError` when there is no Redis.
+
+    A Redis that is silent for `timeout_s` is given up, `retries` times more.
+    """
+    options: dict[str, Any] = {"protocol": 2, "health_check_interval": 30, "socket_timeout": timeout_s}
     if not url.startswith("unix:"):
-        options |= {"socket_connect_timeout": 5, "socket_keepalive": True}
+        options |= {"socket_connect_timeout": min(5.0, timeout_s), "socket_keepalive": True}
     try:
         redis.Redis.from_url(url, retry=Retry(ExponentialBackoff(cap=0.2, base=0.05), 3), **options).ping()
         client = redis.Redis.from_url(

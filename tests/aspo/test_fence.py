@@ -5,13 +5,18 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import redis
 
 from aspo import fence as fencing
 from aspo.fence import LEASE_S, DataLostError, Fence, FencedError, RunTakenError
+from aspo.queue import connect
+from proxy import Fault, Proxy
+from services import wait_until
 
 
 @pytest.fixture
@@ -39,10 +44,14 @@ def test_a_living_learner_keeps_a_second_one_out(client: redis.Redis, run: str, 
     second.release()
 
 
-def test_the_lease_of_a_dead_learner_is_waited_out(client: redis.Redis, run: str, tmp_path: Path) -> None:
+def test_the_lease_of_a_dead_learner_is_waited_out(
+    client: redis.Redis, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fencing, "LEASE_S", 0.3)
     client.set(f"aspo:{run}:lease", b"elsewhere, process 1", px=500)
     fence = Fence.acquire(client, run, tmp_path)
     assert fence.epoch == 1
+    assert not fence.lapsed, "the wait is no silence of its own"
     fence.release()
 
 
@@ -158,3 +167,20 @@ def test_the_lease_is_renewed(
         assert client.exists(f"aspo:{run}:lease")
     fence.release()
     assert not client.exists(f"aspo:{run}:lease")
+
+
+def test_a_learner_that_cannot_ask_knows_that_it_may_have_lost_the_run(
+    redis_url: str, run: str, tmp_path: Path
+) -> None:
+    with (
+        Proxy("127.0.0.1", urlsplit(redis_url).port or 0) as proxy,
+        connect(f"redis://127.0.0.1:{proxy.port}/0", timeout_s=0.2) as client,
+    ):
+        fence = Fence.acquire(client, run, tmp_path)
+        assert not fence.lapsed
+        proxy.inject(repeat(Fault(swallow=True)))
+        wait_until(lambda: fence.lapsed, 2 * LEASE_S)
+        assert fence.trouble
+        proxy.heal()
+        wait_until(lambda: not fence.lapsed and not fence.trouble, 30)
+        fence.release()

@@ -44,6 +44,9 @@ class StubLearner:
     def not_ready(self) -> str | None:
         return "no version is published yet"
 
+    def unsure(self) -> str | None:
+        return None
+
 
 class StubActor:
     def status(self) -> ActorStatus:

@@ -41,6 +41,9 @@ class Learner:
     def not_ready(self) -> str | None:
         return None
 
+    def unsure(self) -> str | None:
+        return None
+
 
 class Actor:
     def status(self) -> ActorStatus:

@@ -6,8 +6,12 @@ against one without.
 
 from __future__ import annotations
 
+import http.client
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import redis
 
@@ -57,12 +61,31 @@ def test_a_zombie_is_refused_everywhere_and_exits(
         zombie.process.send_signal(signal.SIGSTOP)
         successor = project.learner("learner.port=0")
         wait_until(lambda: "continuing run" in successor.text, 60, (successor,))
-        zombie.process.send_signal(signal.SIGCONT)
+        with asked(f"{project.url}/v1/weights/latest") as answer:
+            zombie.process.send_signal(signal.SIGCONT)
+            assert answer() in (503, None)
         assert zombie.wait(30) == 1, zombie.text
         assert "another learner has taken run" in zombie.text
         assert "Traceback" not in zombie.text
         assert successor.wait(120) == 0, successor.text
     assert project.outcome() == undisturbed
+
+
+@contextmanager
+def asked(url: str) -> Iterator[Callable[[], int | None]]:
+    """Send a GET; gives what waits for its status, None if the service ends before it answers."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.netloc, timeout=30)
+    connection.request("GET", parts.path)
+
+    def answer() -> int | None:
+        try:
+            return connection.getresponse().status
+        except OSError:
+            return None
+
+    yield answer
+    connection.close()
 
 
 def test_a_second_learner_refuses_to_start(project: Project, redis_url: str) -> None:
