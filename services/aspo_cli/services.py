@@ -87,7 +87,9 @@ def hold_run(config: Config) -> Fence:
     client = connect(config.redis.location, retries=OUTAGE_S)
     config.run.path.mkdir(parents=True, exist_ok=True)
     claim_run(client, config.run.name, config.run.path)
-    return Fence.acquire(client, config.run.name, config.run.path)
+    fence = Fence.acquire(client, config.run.name, config.run.path)
+    log.info("this learner holds run %s, as of epoch %d", config.run.name, fence.epoch)
+    return fence
 
 
 def _train(config: Config, fence: Fence) -> None:
