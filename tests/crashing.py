@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,6 +17,7 @@ import redis
 from blake3 import blake3
 
 from aspo.failpoints import VARIABLE
+from aspo.queue import connect
 from project import learner_url, make_project, metrics_of
 from scripted import ScriptedActor
 from services import Service
@@ -84,6 +87,19 @@ def run_undisturbed(folder: Path, redis_url: str, *settings: str, plan: Path | N
             learner = project.learner(*settings)
             assert learner.wait(120) == 0, learner.text
         return project.outcome()
+
+
+@contextmanager
+def run_on(
+    folder: Path, run: str, url: str, *, actor_url: str | None = None, test_url: str | None = None
+) -> Iterator[tuple[Project, redis.Redis]]:
+    """A project on a Redis of its own with its one actor, and a client; each may reach Redis another way."""
+    with (
+        Project(folder, url, run) as project,
+        ScriptedActor(actor_url or url, run, project.runs, lease_s=0.0),
+        connect(test_url or url, retries=60) as client,
+    ):
+        yield project, client
 
 
 def nothing_is_left(client: redis.Redis, run: str) -> bool:

@@ -22,13 +22,12 @@ from pydantic import SecretStr
 
 from aspo.config import AuthConfig
 from aspo.http import Server, create_app, listen
-from aspo.queue import connect
 from aspo.weights.leases import Leases
 from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
 from aspo_cli.processes import free_port
 from aspo_cli.status import fetch_status
-from crashing import Outcome, Project, ends_well
+from crashing import Outcome, Project, ends_well, run_on
 from island import CUT, DIRECTIONS, Island, can_be_made
 from project import step_of
 from proxy import Fault, Proxy
@@ -50,12 +49,14 @@ def island() -> Iterator[Island]:
 
 
 @contextmanager
-def redis_within(island: Island, folder: Path) -> Iterator[dict[str, str]]:
-    """Run Redis on the island; gives its URL over each link."""
+def run_over(island: Island, folder: Path, run: str) -> Iterator[tuple[Project, redis.Redis]]:
+    """A run whose Redis is on the island; learner, actor and test each reach it by a link of their own."""
     options = ("--bind", "0.0.0.0", "--protected-mode", "no")
-    server = RedisServer(folder, *options, within=island.within, host=island.far("test"))
+    server = RedisServer(folder / "redis", *options, within=island.within, host=island.far("test"))
+    learner, actor, test = (f"redis://{island.far(link)}:{server.port}/0" for link in LINKS)
     try:
-        yield {link: f"redis://{island.far(link)}:{server.port}/0" for link in LINKS}
+        with run_on(folder / "disturbed", run, learner, actor_url=actor, test_url=test) as running:
+            yield running
     finally:
         server.stop()
 
@@ -66,12 +67,7 @@ def test_who_is_cut_off_from_redis_reconnects_alone(
     tmp_path: Path, island: Island, undisturbed: Outcome, run: str, who: str, lost: str
 ) -> None:
     """Row 13: packets vanish, in one direction, until the learner has noticed; nobody is told of the end."""
-    with (
-        redis_within(island, tmp_path / "redis") as urls,
-        Project(tmp_path / "disturbed", urls["learner"], run) as project,
-        ScriptedActor(urls["actor"], run, project.runs, lease_s=0.0),
-        connect(urls["test"]) as client,
-    ):
+    with run_over(island, tmp_path, run) as (project, client):
         learner = project.learner("learner.max_staleness=5")
         wait_until(lambda: step_of(project.url) >= 6, 60, (learner,))
         island.shape(who, lost, *CUT)
@@ -89,12 +85,7 @@ def test_links_that_are_slow_and_lossy_only_take_longer(
     tmp_path: Path, island: Island, undisturbed: Outcome, run: str
 ) -> None:
     """Row 14: 1 Mbit/s each way and hardly a queue, so that TCP sends again, after ever longer waits."""
-    with (
-        redis_within(island, tmp_path / "redis") as urls,
-        Project(tmp_path / "disturbed", urls["learner"], run) as project,
-        ScriptedActor(urls["actor"], run, project.runs, lease_s=0.0),
-        connect(urls["test"]) as client,
-    ):
+    with run_over(island, tmp_path, run) as (project, client):
         for link, direction in ((link, each) for link in ("learner", "actor") for each in DIRECTIONS):
             island.shape(link, direction, *SLOW)
         ends_well(project, project.learner(), client, undisturbed)

@@ -15,9 +15,9 @@ import pytest
 import redis
 
 from aspo.quarantine import Quarantine
-from aspo.queue import GROUP, connect
+from aspo.queue import GROUP
 from aspo_cli.status import fetch_status
-from crashing import Outcome, Project, ends_well, nothing_is_left, run_undisturbed
+from crashing import Outcome, Project, ends_well, nothing_is_left, run_on, run_undisturbed
 from project import metrics_of, step_of
 from proxy import Fault, Proxy
 from scripted import ScriptedActor
@@ -85,11 +85,7 @@ def test_a_killed_redis_loses_no_rollout_or_has_them_made_again(
 ) -> None:
     """Row 8: with an append-only file nothing is lost, without one all of it; nothing is trained twice."""
     server = own_redis(*(("--appendonly", "no") if policy == "off" else ("--appendfsync", policy)))
-    with (
-        Project(tmp_path / "disturbed", server.url, run) as project,
-        ScriptedActor(server.url, run, project.runs, lease_s=0.0),
-        connect(server.url, retries=60) as client,
-    ):
+    with run_on(tmp_path / "disturbed", run, server.url) as (project, client):
         learner = project.learner("learner.max_staleness=5")
         for losses, step in enumerate((4, 10, 16), 1):
             reaches(project, learner, step)
@@ -153,11 +149,7 @@ def test_a_full_redis_is_drained_and_then_goes_on(
 ) -> None:
     """Row 11: out of memory, actors wait with what they have and the learner trains what is stored."""
     server = own_redis()
-    with (
-        Project(tmp_path / "disturbed", server.url, run) as project,
-        ScriptedActor(server.url, run, project.runs, lease_s=0.0),
-        connect(server.url) as client,
-    ):
+    with run_on(tmp_path / "disturbed", run, server.url) as (project, client):
         learner = project.learner("learner.max_staleness=5")
         reaches(project, learner, 6)
         client.config_set("maxmemory", 1)
@@ -180,11 +172,7 @@ def test_a_full_disk_under_redis_stops_nobody_for_good(
 ) -> None:
     """Row 9: the append-only file cannot grow, so Redis refuses every write, reading as a group too."""
     server = own_redis("--auto-aof-rewrite-percentage", "0")
-    with (
-        Project(tmp_path / "disturbed", server.url, run) as project,
-        ScriptedActor(server.url, run, project.runs, lease_s=0.0),
-        connect(server.url) as client,
-    ):
+    with run_on(tmp_path / "disturbed", run, server.url) as (project, client):
         learner = project.learner("learner.max_staleness=5")
         reaches(project, learner, 6)
         unlimited = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)

@@ -24,7 +24,7 @@ from aspo.weights.client import Mirror, VersionGone, WeightClient, export
 from aspo.weights.leases import Leases
 from aspo.weights.manifest import WeightsError
 from aspo.weights.store import WeightStore
-from versions import FILES, tensors, version
+from versions import FILES, follow, tensors, version
 
 Serve = Callable[..., str]
 
@@ -33,14 +33,6 @@ def same(mirror: Mirror, step: int) -> bool:
     expected = tensors(step)
     found = mirror.state.tensors
     return found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
-
-
-async def follow(client: WeightClient, mirror: Mirror) -> str | None:
-    plan = await client.latest(have=mirror.version)
-    if plan is None:
-        return None
-    await mirror.follow(plan)
-    return plan.kind
 
 
 async def test_a_mirror_follows_by_deltas_bit_for_bit(store: WeightStore, puller: WeightClient) -> None:

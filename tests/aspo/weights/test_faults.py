@@ -25,7 +25,7 @@ from aspo.weights.state import describe
 from aspo.weights.store import MERGE, WeightStore
 from proxy import Fault, Proxy
 from publishing import KEEP, SNAPSHOT_EVERY, content, start
-from versions import FILES, version
+from versions import FILES, follow, version
 
 Serve = Callable[..., str]
 
@@ -45,15 +45,6 @@ def put(store: WeightStore, step: int, epoch: int = 1) -> str:
     named = version(step, epoch)
     store.put(named, content(named), FILES)
     return str(named)
-
-
-async def follow(client: WeightClient, mirror: Mirror) -> str | None:
-    """Follow once; returns the kind of plan, None if there is nothing new."""
-    plan = await client.latest(have=mirror.version)
-    if plan is None:
-        return None
-    await mirror.follow(plan)
-    return plan.kind
 
 
 def span(transfer: Transfer) -> int:
