@@ -256,14 +256,18 @@ def test_bytes_that_are_no_group_are_set_aside(
     assert 0 in ledger
 
 
+def set_aside(intake: Intake, group: RolloutGroup, run: str) -> None:
+    """Have an intake quarantine a group that was sent: it is too long by the settings."""
+    intake.limits = dataclasses.replace(intake.limits, max_tokens=int(group.lengths.max()) - 1)
+    intake.pump(current(run), 0.01)
+
+
 def test_a_requeued_group_is_judged_by_the_settings_of_today_and_trained_once(
     new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], client: redis.Redis, run: str
 ) -> None:
     ledger, quarantine = Ledger(), Quarantine(client, run)
     strict = new_intake(ledger)
-    strict.limits = dataclasses.replace(strict.limits, max_tokens=1)
-    send(0)
-    strict.pump(current(run), 0.01)
+    set_aside(strict, send(0), run)
     strict.acknowledge()
     assert strict.ended == {"too-long": 1}
     assert 0 in ledger
@@ -286,9 +290,7 @@ def test_a_learner_that_dies_holding_a_requeued_group_finds_it_again(
 ) -> None:
     ledger, quarantine = Ledger(), Quarantine(client, run)
     strict = new_intake(ledger)
-    strict.limits = dataclasses.replace(strict.limits, max_tokens=1)
-    send(0)
-    strict.pump(current(run), 0.01)
+    set_aside(strict, send(0), run)
     [entry] = quarantine.entries()
     quarantine.requeue(entry.id)  # while the original is not acknowledged yet
     dead = new_intake(Ledger.load(ledger.state()))
