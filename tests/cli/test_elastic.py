@@ -1,4 +1,4 @@
-"""Real vLLM actors that come and go: none, two, a hung engine, a short notice, none, a late one.
+"""Rows 6 and 25 of the fault matrix, with real vLLM actors: none, two, a hung engine, a short notice, none.
 
 Leases last longer than the test: what goes on after an actor has left was handed back by it.
 """

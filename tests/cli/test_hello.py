@@ -1,4 +1,4 @@
-"""Actors that do not fit their learner: refused before they work, in one line, by real processes."""
+"""Row 20 of the fault matrix: actors that do not fit their learner are refused before they work."""
 
 from __future__ import annotations
 

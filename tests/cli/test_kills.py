@@ -1,4 +1,4 @@
-"""kill -9 of actors and learner in the middle of a run: it goes on, and every step is trained once."""
+"""Rows 1 and 5 with real vLLM: kill -9 of actors and learner; it goes on, and every step is trained once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole learner, a punctual actor, and one that was paused: what each policy does with what comes late."""
+"""Row 21: a learner, a punctual actor and one that was paused; what each policy does with what is late."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poison from a hostile producer: quarantined with its reason, and the weights as if it had not come."""
+"""Row 19 of the fault matrix: poison is quarantined with its reason, the weights as if it had not come."""
 
 from __future__ import annotations
 

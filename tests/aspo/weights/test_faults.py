@@ -1,4 +1,4 @@
-"""The weight plane under faults: spoilt downloads, learners killed at any moment, jumps between versions."""
+"""Rows 17 and 18 of the fault matrix: spoilt downloads, learners killed at any moment; jumps, too."""
 
 from __future__ import annotations
 
