@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -22,10 +21,10 @@ from aspo.config import Config, ConfigError, load_config
 from aspo.errors import AspoError
 from aspo_cli import demo_model, status
 from aspo_cli.demo_task import MAX_COMPLETION_TOKENS
-from aspo_cli.processes import PartFailed, Processes, free_port, redis_command, wait_for_port
+from aspo_cli.processes import PartFailed, Processes, free_port
+from aspo_cli.shares import split_cores, usable_cores
+from aspo_cli.up import INTERRUPTED, Service, ended_by_signals, is_plain_loopback, print_failure
 
-FAILED = 1
-INTERRUPTED = 130
 TARGET_ACCURACY = 0.95
 CONFIG = """\
 # The demo is one config among others; see README.md for what the keys mean.
@@ -93,25 +92,32 @@ min_steps = 50
 def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
     """Run the demo and return the exit code."""
     console = Console()
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.default_int_handler)  # stops the parts as Ctrl-C does
     folder = _fresh_folder(runs / name, console)
-    ports = write_config(folder, seed)
+    write_config(folder, seed)
     config = load_config(folder / "config.toml", overrides)
     if config.run.path != folder:
         raise ConfigError("the demo's run.name and run.dir are set by --name and --runs")
+    service = Service(
+        config=config,
+        path=folder / "config.toml",
+        overrides=overrides,
+        shares=split_cores(usable_cores(), actors=1),
+        own_redis=is_plain_loopback(config.redis.url),
+        restarts=0,  # what dies in a demo is to be seen
+    )
     try:
-        _prepare(folder, seed, console)
-        with Processes(folder / "logs") as parts:
-            _start(parts, folder, ports, overrides)
-            _watch(parts, config, console)
-            console.print("stopping the actor and Redis", style="dim")
+        with ended_by_signals():
+            _prepare(folder, seed, console)
+            with Processes(folder / "logs") as parts:
+                service.start(parts)
+                _watch(parts, config, console)
+                console.print("stopping the actor and Redis", style="dim")
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything is stopped", style="yellow")
         return INTERRUPTED
     except PartFailed as error:
-        console.print(Text(f"aspo demo: {error}", style="red"))
-        return FAILED
+        print_failure(console, "demo", error)
+        return error.exit_code
     _print_summary(folder, console)
     return 0
 
@@ -171,16 +177,6 @@ def _prepare(folder: Path, seed: int, console: Console) -> None:
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             demo_model.make_model(Path(unfinished) / "model", seed, on_step)
             (Path(unfinished) / "model").rename(folder / "initial-model")
-
-
-def _start(parts: Processes, folder: Path, ports: dict[str, int], overrides: list[str]) -> None:
-    parts.start("redis", redis_command(folder / "redis", ports["redis_port"]))
-    if not wait_for_port(ports["redis_port"], 10.0):
-        raise PartFailed(f"redis-server does not answer; its log:\n{parts.tail('redis')}")
-    flags = ["--config", str(folder / "config.toml")]
-    flags += [part for override in overrides for part in ("--set", override)]
-    for name in ("learner", "actor"):
-        parts.start(name, [sys.executable, "-m", "aspo_cli", name, *flags])
 
 
 def _watch(parts: Processes, config: Config, console: Console) -> None:

@@ -81,6 +81,24 @@ def actor(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def up(
+    config: ConfigPath,
+    actors: Annotated[int, typer.Option(min=0, max=64, help="Actors on this machine.")] = 1,
+    redis: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a Redis that runs; else one is started where redis.url says, if that is here."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run Redis, the learner and its actors on this machine: aspo up --config my.toml --actors 3"""
+    from aspo_cli.up import run_up
+
+    raise typer.Exit(run_up(config, actors, redis, overrides or []))
+
+
+@app.command()
 def check(
     config: ConfigPath,
     role: Annotated[

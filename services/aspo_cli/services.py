@@ -20,7 +20,7 @@ from aspo.config import AuthConfig, Config, ConfigError, HttpConfig, describe_va
 from aspo.errors import AspoError
 from aspo.fence import Fence
 from aspo.preflight import require
-from aspo.queue import OUTAGE_S, QueueError, connect
+from aspo.queue import OUTAGE_S, QueueError, QueueUnreachable, connect
 from aspo.telemetry import setup_logging
 from aspo.weights.manifest import WeightsError
 
@@ -113,7 +113,7 @@ def _train(config: Config, fence: Fence) -> None:
         fence.require()  # the folder is gone because another learner has taken it over
         raise
     except redis.RedisError as error:
-        raise QueueError(
+        raise QueueUnreachable(
             f"Redis or its data was lost ({error}); run it with --appendonly yes and start the learner "
             "again: it resumes from its last checkpoint"
         ) from error

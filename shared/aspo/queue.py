@@ -44,6 +44,12 @@ class QueueError(AspoError, RuntimeError):
     """Redis cannot be used as configured; the text says what to do."""
 
 
+class QueueUnreachable(QueueError):
+    """No Redis answers, or no longer: nobody's mistake for certain, so worth another start."""
+
+    exit_code = 1
+
+
 def connect(url: str, *, retries: int = 5, timeout_s: float = 10.0) -> redis.Redis:
     """Connect, riding out outages of about `retries` seconds; raises `QueueError` when there is no Redis.
 
@@ -67,7 +73,7 @@ def connect(url: str, *, retries: int = 5, timeout_s: float = 10.0) -> redis.Red
                 f"the certificate of Redis at {url_without_password(url)} is not trusted ({error}); "
                 "set redis.tls_ca to the file of the CA that signed it"
             ) from None
-        raise QueueError(
+        raise QueueUnreachable(
             f"no Redis at {url_without_password(url)} ({error}); start redis-server or set redis.url"
         ) from None
     return client
