@@ -119,7 +119,15 @@ class Learner:
             self._phase = "done"
             summary = self._history.finish(self._publisher, self.policy, self._actors())
             log.info("done: the model is in %s, the figures in summary.json beside it", summary["model"])
+            self._serve_on()
             return summary
+
+    def _serve_on(self) -> None:
+        """Serve status and weights until told to stop, where the learner would only be started again."""
+        while self.config.learner.keep_serving and not self.controls.stop.is_set():
+            self._fence.require()
+            self.releases.tick()
+            time.sleep(_POLL_S)  # not wait: a signal's handler may set the event in the midst of it
 
     def status(self) -> LearnerStatus:
         """A snapshot for `/v1/status`; safe from any thread."""

@@ -254,6 +254,9 @@ class LearnerConfig(HttpConfig):
         10, ge=1, description="Steps between durable checkpoints; rollouts are kept till then."
     )
     keep_checkpoints: int = Field(2, ge=1, description="Checkpoints kept.")
+    keep_serving: bool = Field(
+        False, description="When the steps are done, serve status and weights until told to stop."
+    )
     port: Port = Field(8000, description="Port to serve on; 0 picks a free one.")
 
     @model_validator(mode="after")
