@@ -10,7 +10,8 @@ from typing import Any
 
 Object = dict[str, Any]
 Edge = tuple[str, str, int, str]  # from, to, port, protocol
-PORTS = ((53, "UDP"), (53, "TCP"), (22, "TCP"), (443, "TCP"), (6379, "TCP"), (8000, "TCP"), (8001, "TCP"))
+OF_TORCH = (29500, 32768, 45678, 60999)  # the rendezvous's, and some of those that the kernel gives
+PORTS = ((53, "UDP"), *((port, "TCP") for port in (53, 22, 443, 6379, 8000, 8001, *OF_TORCH, 61000)))
 _NAMESPACE_LABEL = "kubernetes.io/metadata.name"
 
 
@@ -107,7 +108,12 @@ def _is(named: Object, other: Peer, namespace: str) -> bool:
 def _opens(rule: Object, target: Peer, port: int, protocol: str) -> bool:
     ports = rule.get("ports")
     return not ports or any(
-        each.get("protocol", "TCP") == protocol
-        and ("port" not in each or target.port_names.get(each["port"], each["port"]) == port)
-        for each in ports
+        each.get("protocol", "TCP") == protocol and _within(each, target, port) for each in ports
     )
+
+
+def _within(each: Object, target: Peer, port: int) -> bool:
+    if "port" not in each:
+        return True
+    first = target.port_names.get(each["port"], each["port"])
+    return first == port or ("endPort" in each and first <= port <= each["endPort"])

@@ -30,6 +30,8 @@ SCHEMAS = Path(__file__).parent / "deploy" / "schemas"
 CUSTOM = {"ScaledObject", "ServiceMonitor", "PrometheusRule"}
 NAME = "app.kubernetes.io/name"
 SPOT = "karpenter.sh/capacity-type"
+INDEX = "batch.kubernetes.io/job-completion-index"
+RENDEZVOUS = 29500
 Secrets = dict[str, dict[str, str]]
 _POD_VOLUMES = {"configMap", "secret", "emptyDir", "persistentVolumeClaim", "projected", "downwardAPI"}
 _METRIC = re.compile(r"\b(?:aspo|process)_[a-z0-9_]+\b")
@@ -59,9 +61,15 @@ def main(objects: list[Object], name: str) -> Object:
 
 
 def labels(each: Object) -> dict[str, str]:
-    """The labels of a workload's pods."""
+    """The labels of a workload's pods; of an indexed Job, those of the first."""
     found: dict[str, str] = each["spec"]["template"]["metadata"]["labels"]
-    return found
+    return found | {INDEX: "0"} if each["kind"] == "Job" else found
+
+
+def budget_of(objects: list[Object], each: Object) -> Object:
+    """The disruption budget of a workload; an empty one if it has none."""
+    budgets = of_kind(objects, "PodDisruptionBudget")
+    return next((b for b in budgets if selects(b["spec"]["selector"], labels(each))), {"spec": {}})
 
 
 def containers(spec: Object) -> list[Object]:
@@ -96,7 +104,8 @@ def check_selectors(objects: list[Object]) -> Iterator[str]:
     pods = [labels(each) for each in workloads(objects)]
     for each in workloads(objects):
         spread = [c["labelSelector"] for c in pod(each).get("topologySpreadConstraints", [])]
-        for selector in [each["spec"]["selector"], *spread]:
+        own = [] if each["kind"] == "Job" else [each["spec"]["selector"]]  # a Job makes its own
+        for selector in [*own, *spread]:
             if not selects(selector, labels(each)) or not selector:
                 yield f"{each['metadata']['name']} does not select its own pods"
     services = of_kind(objects, "Service")
@@ -135,9 +144,12 @@ def check_ports(objects: list[Object], known: dict[str, dict[str, Object]]) -> I
         main = pod(each)["containers"][0]
         ports = {port["name"]: port["containerPort"] for port in main["ports"]}
         listens = environment(main).get(f"ASPO_{name.upper()}__PORT", "6379")
-        if {str(port) for port in ports.values()} != {listens}:
+        more, probes = set(), ("startupProbe", "readinessProbe", "livenessProbe")
+        if each["kind"] == "Job":  # torchrun watches its ranks, of which one alone serves
+            more, probes = {str(RENDEZVOUS)}, ()
+        if {str(port) for port in ports.values()} != {listens} | more:
             yield f"{name} listens on {listens} and says {ports}"
-        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        for probe in probes:
             if probe not in main:
                 yield f"{name} has no {probe}"
                 continue
@@ -202,7 +214,11 @@ def check_settings(objects: list[Object], secrets: Secrets, folder: Path) -> Ite
             yield f"{name}: {error}"
             continue
         own = config.learner if name == "learner" else config.actor
-        if own.host != "0.0.0.0" or main["args"] != [name, "--config", "/etc/aspo/aspo.toml"]:
+        arguments = main["args"]
+        if main["command"] == ["torchrun"]:
+            arguments = arguments[arguments.index("-m") + 1 :]
+        program = ["aspo_cli"] if main["command"] == ["torchrun"] else []
+        if own.host != "0.0.0.0" or arguments != [*program, name, "--config", "/etc/aspo/aspo.toml"]:
             yield f"{name} serves nobody, or is started as another"
         if config.redis.url != secrets["redis-urls"][name]:
             yield f"{name} logs in to Redis as another"
@@ -307,18 +323,12 @@ def check_security(objects: list[Object]) -> Iterator[str]:
 def check_availability(objects: list[Object]) -> Iterator[str]:
     """The learner stays and is one; actors leave in order and on time."""
     learner, actor = workload(objects, "learner"), workload(objects, "actor")
-    if learner["kind"] != "StatefulSet" or learner["spec"]["replicas"] != 1:
-        yield "there is to be one learner"
+    if learner["kind"] == "StatefulSet":
+        yield from _check_single(objects, learner)
     for each in of_kind(objects, "StatefulSet"):
         for claim in each["spec"]["volumeClaimTemplates"]:
             if claim["spec"]["accessModes"] != ["ReadWriteOncePod"]:
                 yield f"two pods might write to {claim['metadata']['name']}"
-    budgets = of_kind(objects, "PodDisruptionBudget")
-    if not any(
-        selects(each["spec"]["selector"], labels(learner)) and each["spec"].get("maxUnavailable") == 0
-        for each in budgets
-    ):
-        yield "a drain may evict the learner"
     main = pod(actor)["containers"][0]
     grace = float(environment(main)["ASPO_ACTOR__GRACE_S"])
     if not pod(actor).get("terminationGracePeriodSeconds", 30) >= grace + 10:
@@ -327,6 +337,15 @@ def check_availability(objects: list[Object]) -> Iterator[str]:
         yield "actors do not drain"
     if pod(learner)["securityContext"].get("fsGroupChangePolicy") != "OnRootMismatch":
         yield "every start of the learner changes the owner of all its files"
+
+
+def _check_single(objects: list[Object], learner: Object) -> Iterator[str]:
+    if learner["spec"]["replicas"] != 1:
+        yield "there is to be one learner"
+    if budget_of(objects, learner)["spec"].get("maxUnavailable") != 0:
+        yield "a drain may evict the learner"
+    if environment(pod(learner)["containers"][0]).get("ASPO_LEARNER__KEEP_SERVING") != "true":
+        yield "a learner that is done is started again for ever"
 
 
 def check_resources(objects: list[Object]) -> Iterator[str]:
@@ -361,7 +380,8 @@ def check_gpu_pool(objects: list[Object]) -> Iterator[str]:
     """Learner and actors have a GPU each; the learner keeps off spot nodes, actors seek them and spread."""
     for name in ("learner", "actor"):
         spec = pod(workload(objects, name))
-        if spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") != "1":
+        wanted = "8" if workload(objects, name)["kind"] == "Job" else "1"
+        if spec["containers"][0]["resources"]["limits"].get("nvidia.com/gpu") != wanted:
             yield f"{name} has no GPU"
         if spec.get("nodeSelector") != {"nvidia.com/gpu.present": "true"}:
             yield f"{name} may land on a node without a GPU"

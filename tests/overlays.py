@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 import manifests
-from edges import Object
+import torchrun
+from edges import OF_TORCH, Object
 from kustomize import render
 
 ROOT = Path(__file__).parents[1]
 KUBERNETES, DOCS = ROOT / "deploy" / "kubernetes", ROOT / "docs" / "deploy.md"
-OVERLAYS = ("cpu-demo", "gpu-pool", "monitoring", "autoscaling", "external-redis")
+OVERLAYS = ("cpu-demo", "gpu-pool", "monitoring", "autoscaling", "external-redis", "multi-node")
 ON_GPUS = OVERLAYS[1:]
 LEARNER, ACTOR = "learner", "actor"
 DESIGN = {
@@ -34,6 +35,7 @@ EDGES = {
     "monitoring": DESIGN | SCRAPING,
     "autoscaling": DESIGN | SCRAPING,
     "external-redis": {edge for edge in DESIGN if edge[1] != "redis"} | ELSEWHERE,
+    "multi-node": DESIGN | {(LEARNER, LEARNER, port, "TCP") for port in OF_TORCH},
 }
 
 
@@ -57,7 +59,8 @@ def findings(check: str, overlay: str, objects: list[Object], folder: Path) -> l
         "settings": (secrets(), folder),
         "edges": (EDGES[overlay],),
     }
-    found: Iterator[str] = getattr(manifests, f"check_{check}")(objects, *more.get(check, ()))
+    module = torchrun if check == "torchrun" else manifests
+    found: Iterator[str] = getattr(module, f"check_{check}")(objects, *more.get(check, ()))
     return list(found)
 
 
@@ -81,4 +84,5 @@ CHECKS = [
     ),
     *(("gpu_pool", overlay) for overlay in ON_GPUS),
     ("scaling", "autoscaling"),
+    ("torchrun", "multi-node"),
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 from pydantic import SecretStr
 from redis.exceptions import NoPermissionError
+from typer.testing import CliRunner
 
 import aspo_actor.app
 import manifests
@@ -26,6 +26,7 @@ from aspo.telemetry import ACTOR_METRICS, Gauges
 from aspo.weights.blobs import BlobStore
 from aspo_cli import demo_model
 from aspo_cli.demo import write_config
+from aspo_cli.main import app
 from aspo_cli.processes import find_redis_server
 from edges import Object
 from kustomize import KUBECTL, build, render
@@ -112,10 +113,9 @@ def test_the_demo_makes_the_files_that_its_settings_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (init,) = pod(workload(rendered("cpu-demo"), LEARNER))["initContainers"]
-    script = tmp_path / "init.py"
-    script.write_text(init["command"][2].replace("/models", str(tmp_path)))
     monkeypatch.setattr(demo_model, "WARM_STEPS", 1)
-    runpy.run_path(str(script))
+    arguments = [each.replace("/models", str(tmp_path)) for each in init["command"][1:]]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
     settings = tomllib.loads((KUBERNETES / "overlays/cpu-demo/aspo.toml").read_text())
     for path in (settings["model"]["path"], settings["data"]["path"], settings["eval"]["path"]):
         assert (tmp_path / Path(path).relative_to("/models")).exists(), path

@@ -59,7 +59,25 @@ def volume(objects: list[Object], name: str, volume_name: str) -> Object:
     return found
 
 
-G, M, A, X = "gpu-pool", "monitoring", "autoscaling", "external-redis"
+MEETING = "--rdzv-endpoint=learner-0.learner-nodes:29500"
+OWN_NAME = "--local-addr=learner-$(JOB_COMPLETION_INDEX).learner-nodes"
+
+
+def service(objects: list[Object], name: str) -> Object:
+    spec: Object = named(objects, "Service", name)["spec"]
+    return spec
+
+
+def budget(objects: list[Object]) -> Object:
+    return named(objects, "PodDisruptionBudget", LEARNER)
+
+
+def edit_flag(objects: list[Object], old: str, new: str) -> None:
+    arguments = main(objects, LEARNER)["args"]
+    arguments[arguments.index(old)] = new
+
+
+G, M, A, X, N = "gpu-pool", "monitoring", "autoscaling", "external-redis", "multi-node"
 MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     "a misspelt field": ("schema", G, lambda o: main(o, LEARNER).update(livenessprobe={})),
     "a wrong type": ("schema", G, lambda o: workload(o, ACTOR)["spec"].update(replicas="4")),
@@ -216,6 +234,11 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
         G,
         lambda o: named(o, "Namespace", "aspo")["metadata"]["labels"].clear(),
     ),
+    "a learner that never ends": (
+        "availability",
+        G,
+        lambda o: set_variable(o, LEARNER, "ASPO_LEARNER__KEEP_SERVING", "false"),
+    ),
     "two learners": ("availability", G, lambda o: workload(o, LEARNER)["spec"].update(replicas=2)),
     "no budget": ("availability", G, lambda o: drop(o, "PodDisruptionBudget", LEARNER)),
     "a volume for two pods": (
@@ -296,6 +319,53 @@ MUTANTS: dict[str, tuple[str, str, Mutation]] = {
     ),
     "metrics for everybody": ("edges", M, lambda o: policy(o, "metrics")["ingress"][0].pop("from")),
     "nobody scrapes": ("edges", M, lambda o: drop(o, "NetworkPolicy", "metrics")),
+    "nodes that do not hear each other": ("edges", N, lambda o: drop(o, "NetworkPolicy", "learner-nodes")),
+    "nodes that hear each other at the rendezvous alone": (
+        "edges",
+        N,
+        lambda o: policy(o, "learner-nodes")["ingress"][0]["ports"].pop(),
+    ),
+    "every port of the nodes": (
+        "edges",
+        N,
+        lambda o: policy(o, "learner-nodes")["ingress"][0].pop("ports"),
+    ),
+    "a port that nobody names": ("ports", N, lambda o: main(o, LEARNER)["ports"].pop()),
+    "another program": ("settings", N, lambda o: edit_flag(o, "aspo_cli", "aspo_learner")),
+    "a GPU too few": (
+        "gpu_pool",
+        N,
+        lambda o: main(o, LEARNER)["resources"]["limits"].update({"nvidia.com/gpu": "4"}),
+    ),
+    "a node too many": ("torchrun", N, lambda o: workload(o, LEARNER)["spec"].update(completions=3)),
+    "ranks without GPUs": ("torchrun", N, lambda o: edit_flag(o, "--nproc-per-node=8", "--nproc-per-node=9")),
+    "pods without names": (
+        "torchrun",
+        N,
+        lambda o: workload(o, LEARNER)["spec"].update(completionMode="NonIndexed"),
+    ),
+    "a shutdown beyond the grace": (
+        "torchrun",
+        N,
+        lambda o: edit_flag(o, "--shutdown-timeout=540", "--shutdown-timeout=600"),
+    ),
+    "a budget for one node": ("torchrun", N, lambda o: budget(o)["spec"].update(minAvailable=1)),
+    "any node is asked": ("torchrun", N, lambda o: service(o, LEARNER)["selector"].pop(manifests.INDEX)),
+    "a run on one node": (
+        "torchrun",
+        N,
+        lambda o: named(o, "PersistentVolumeClaim", "runs")["spec"].update(accessModes=["ReadWriteOnce"]),
+    ),
+    "a rendezvous of nobody": ("torchrun", N, lambda o: edit_flag(o, MEETING, MEETING.replace("-0", "-x"))),
+    "a rendezvous elsewhere": ("torchrun", N, lambda o: edit_flag(o, MEETING, MEETING.replace("r-n", "r-m"))),
+    "a rendezvous at no port": ("torchrun", N, lambda o: edit_flag(o, MEETING, MEETING.replace("95", "96"))),
+    "ranks in any order": ("torchrun", N, lambda o: edit_flag(o, OWN_NAME, "--local-addr=$(POD_IP)")),
+    "a balanced name": ("torchrun", N, lambda o: service(o, "learner-nodes").update(clusterIP="10.0.0.1")),
+    "names for the ready": (
+        "torchrun",
+        N,
+        lambda o: service(o, "learner-nodes").pop("publishNotReadyAddresses"),
+    ),
     "a Redis anywhere": (
         "edges",
         X,
