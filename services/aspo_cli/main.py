@@ -99,6 +99,32 @@ def up(
 
 
 @app.command()
+def size(
+    model: Annotated[str, typer.Argument(help="A size such as 7B, a model folder or a hub name.")],
+    actors: Annotated[int, typer.Option(min=1, help="Actors.")] = 1,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="TOML file of a run.")] = None,
+    gpu_gib: Annotated[float, typer.Option(min=1.0, help="Memory of a GPU, in GiB.")] = 80.0,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of a prompt.")] = 512,
+    step_seconds: Annotated[float, typer.Option(min=0.01, help="Time of a learner's step.")] = 60.0,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate GPUs, memory, network and Redis of a model: aspo size 7B --actors 4"""
+    from aspo_cli.size import run_size
+
+    run_size(
+        model,
+        config,
+        overrides or [],
+        as_json=as_json,
+        gpu_gib=gpu_gib,
+        actors=actors,
+        prompt_tokens=prompt_tokens,
+        step_seconds=step_seconds,
+    )
+
+
+@app.command()
 def check(
     config: ConfigPath,
     role: Annotated[

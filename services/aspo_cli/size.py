@@ -1,0 +1,295 @@
+"""`aspo size`: what a model of some size takes of GPUs, memory, network and Redis.
+
+    estimate(shape_of("7B"), config, actors=4, gpu_bytes=80 * 2**30)
+
+The formulas stand in docs/deploy.md, with a table that they have made.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from aspo.config import Config, ConfigError, load_config
+
+USABLE = 0.9  # of a GPU's memory, for learner and actors alike
+RESERVED = 2 * 2**30  # of an actor's GPU for vLLM's own: activations, graphs, the context
+MASTER, GRADIENT, MOMENTS, CAST = 4, 4, 8, 2  # bytes per weight; the casts of autocast are bf16
+TILES = 4 * 4096 * 16384 * 4  # fp32 tiles of logits that the head holds at a time on a GPU
+PUBLISHED = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of a snapshot, by the measurements in docs/benchmarks.md, which a test compares.
+DELTA_FIRST, DELTA_LATER = 0.0212, 0.0062
+WIRE_BYTES = 8.13  # of Redis per completion token
+_NOMINAL = re.compile(r"(\d+(?:\.\d+)?)\s*([BMbm])")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model decides its size; `query` and `key` are heads times head size."""
+
+    name: str
+    parameters: int
+    layers: int
+    hidden: int
+    intermediate: int
+    query: int
+    key: int
+    vocabulary: int
+
+
+# Published dense models, by which a mere number of parameters is given a shape.
+KNOWN = (
+    Shape("Qwen3-0.6B", 596_049_920, 28, 1024, 3072, 2048, 1024, 151_936),
+    Shape("Qwen3-1.7B", 1_720_574_976, 28, 2048, 6144, 2048, 1024, 151_936),
+    Shape("Qwen3-4B", 4_022_468_096, 36, 2560, 9728, 4096, 1024, 151_936),
+    Shape("Qwen3-8B", 8_190_735_360, 36, 4096, 12288, 4096, 1024, 151_936),
+    Shape("Qwen3-14B", 14_768_307_200, 40, 5120, 17408, 5120, 1024, 151_936),
+    Shape("Qwen3-32B", 32_762_123_264, 64, 5120, 25600, 8192, 1024, 151_936),
+    Shape("Llama-3-70B", 70_553_706_496, 80, 8192, 28672, 8192, 1024, 128_256),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Bytes but for the counts; of the learner, each of its GPUs, one actor, and the run.
+
+    `learner_tokens` are those of a micro-batch: what is configured, or as many as fit; `actor_sequences`
+    likewise.
+    """
+
+    model: str
+    parameters: int
+    learner_states: int
+    learner_tokens: int
+    learner_activations: int
+    learner_gpus: int
+    learner_gpu_peak: int
+    learner_host: int
+    learner_disk: int
+    actor_weights: int
+    actor_kv_per_token: int
+    actor_gpus: int
+    actor_sequences: int
+    gpus: int
+    snapshot: int
+    delta_first: int
+    delta: int
+    weights_per_second: int
+    redis: int
+
+
+def shape_of(model: str) -> Shape:
+    """The shape of a folder or hub name, or the likely one of a size such as `7B`; raises ConfigError."""
+    nominal = _NOMINAL.fullmatch(model.strip())
+    if nominal is None:
+        return _shape_of_config(model)
+    count = int(float(nominal[1]) * {"b": 10**9, "m": 10**6}[nominal[2].lower()])
+    if not count:
+        raise ConfigError(f"{model} is no size of a model; write 7B, a model folder or a hub name")
+    nearest = min(KNOWN, key=lambda known: abs(math.log(known.parameters / count)))
+    return replace(nearest, name=f"{model}, shaped as {nearest.name}", parameters=count)
+
+
+def _shape_of_config(model: str) -> Shape:
+    """Read config.json alone; the model is made without memory, which counts its weights exactly."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(config)
+        query = config.num_attention_heads
+        head = getattr(config, "head_dim", None) or config.hidden_size // query
+        key = getattr(config, "num_key_value_heads", None) or query
+        return Shape(
+            name=model,
+            parameters=sum(parameter.numel() for parameter in made.parameters()),
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            query=query * head,
+            key=key * head,
+            vocabulary=config.vocab_size,
+        )
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{model!r} cannot be sized ({reason}); name a size such as 7B, a model folder or a hub name"
+        ) from None
+
+
+def states_bytes(shape: Shape, config: Config) -> int:
+    """Weights, gradients and AdamW's moments in fp32, and the weights of a reference where there is one."""
+    reference = MASTER if config.loss.kl_coefficient > 0 else 0
+    return shape.parameters * (MASTER + GRADIENT + MOMENTS + reference)
+
+
+def activation_bytes(shape: Shape, tokens: int, *, mixed: bool, checkpointed: bool = False) -> int:
+    """What a micro-batch of so many tokens keeps for backward; `mixed` is bf16 autocast, as on a GPU.
+
+    Per layer and token: two norms keep input, normalised and output; attention its queries and keys thrice,
+    values and output; the MLP gate, its SiLU, up and their product. The fp32 ones among them stay fp32.
+    Checkpointed layers keep their inputs, and one of them all of it.
+    """
+    if mixed:
+        layer = 20 * shape.hidden + 10 * (shape.query + shape.key) + 8 * shape.intermediate
+    else:
+        # Without torch's variable-length kernel the output is there twice.
+        layer = 24 * shape.hidden + 20 * shape.query + 16 * shape.key + 16 * shape.intermediate
+    last = 20 * shape.hidden  # the final norm, and the hidden states that are scored
+    layers = shape.layers * 4 * shape.hidden + layer if checkpointed else shape.layers * layer
+    return tokens * (layers + last)
+
+
+def _kept_bytes(shape: Shape, config: Config, tokens: int, *, mixed: bool = True) -> int:
+    checkpointed = config.learner.activation_checkpointing
+    return activation_bytes(shape, tokens, mixed=mixed, checkpointed=checkpointed)
+
+
+def learner_peak_bytes(
+    shape: Shape, config: Config, *, tokens: int | None = None, gpus: int = 1, mixed: bool = True
+) -> int:
+    """Of each GPU, when backward begins; AdamW's step takes less, for it works in place.
+
+    Micro-batches have `tokens`, or what is configured; states are sharded over the GPUs.
+    """
+    tokens = config.learner.micro_batch_tokens if tokens is None else tokens
+    shared = states_bytes(shape, config) + shape.vocabulary * shape.hidden * GRADIENT
+    shared += CAST * shape.parameters if mixed else 0
+    return shared // gpus + (TILES if mixed else 0) + _kept_bytes(shape, config, tokens, mixed=mixed)
+
+
+def fit_learner(shape: Shape, config: Config, least_tokens: int, room: int) -> tuple[int, int]:
+    """The fewest GPUs, a power of two, on which one sequence can be trained on, and the tokens that then fit.
+
+    Raises ConfigError if its activations alone are too much.
+    """
+    if TILES + _kept_bytes(shape, config, least_tokens) >= room:
+        raise ConfigError(
+            f"the activations of {least_tokens} tokens do not fit a GPU; name larger ones by --gpu-gib, set "
+            "learner.activation_checkpointing, or lower --prompt-tokens and sampling.max_tokens"
+        )
+    gpus = 1
+    while learner_peak_bytes(shape, config, tokens=least_tokens, gpus=gpus) > room:
+        gpus *= 2
+    left = room - learner_peak_bytes(shape, config, tokens=0, gpus=gpus)
+    fitting = left // _kept_bytes(shape, config, 1)
+    return gpus, max(least_tokens, min(config.learner.micro_batch_tokens, fitting))
+
+
+def estimate(
+    shape: Shape,
+    config: Config,
+    *,
+    actors: int,
+    gpu_bytes: int,
+    prompt_tokens: int = 512,
+    step_seconds: float = 60.0,
+) -> Estimate:
+    """All figures of one model; raises ConfigError for GPUs that are too small for any number of them."""
+    published = shape.parameters * PUBLISHED[config.model.dtype]
+    room, longest = int(USABLE * gpu_bytes), prompt_tokens + config.sampling.max_tokens
+    learner_gpus, tokens = fit_learner(shape, config, longest, room)
+    kv = 2 * shape.layers * shape.key * PUBLISHED[config.model.dtype]
+    actor_gpus = 1
+    while actor_gpus * (room - RESERVED) < published + kv * longest:
+        actor_gpus *= 2
+    fitting = (actor_gpus * (room - RESERVED) - published) // (kv * longest)
+    delta = int(DELTA_LATER * published)
+    return Estimate(
+        model=shape.name,
+        parameters=shape.parameters,
+        learner_states=states_bytes(shape, config),
+        learner_tokens=tokens,
+        learner_activations=_kept_bytes(shape, config, tokens),
+        learner_gpus=learner_gpus,
+        learner_gpu_peak=learner_peak_bytes(shape, config, tokens=tokens, gpus=learner_gpus),
+        learner_host=2 * published + MOMENTS * shape.parameters,
+        learner_disk=(config.learner.keep_checkpoints + 1) * 12 * shape.parameters + 3 * published,
+        actor_weights=published,
+        actor_kv_per_token=kv,
+        actor_gpus=actor_gpus,
+        actor_sequences=min(fitting, config.actor.engine.max_num_seqs),
+        gpus=learner_gpus + actors * actor_gpus,
+        snapshot=published,
+        delta_first=int(DELTA_FIRST * published),
+        delta=delta,
+        weights_per_second=int(delta * actors / step_seconds),
+        redis=redis_bytes(config),
+    )
+
+
+def redis_bytes(config: Config) -> int:
+    """The rollouts that may lie in Redis at once: those asked for, and those not yet in a checkpoint."""
+    learner, sampling = config.learner, config.sampling
+    groups = (learner.max_staleness + 1 + learner.checkpoint_every) * learner.batch_prompts
+    return int(groups * sampling.group_size * sampling.max_tokens * WIRE_BYTES)
+
+
+def run_size(
+    model: str,
+    path: Path | None,
+    overrides: list[str],
+    *,
+    as_json: bool,
+    gpu_gib: float,
+    **options: Any,
+) -> None:
+    """Print what a model takes, under a run's settings or the defaults."""
+    config = load_settings(path, overrides)
+    found = estimate(shape_of(model), config, gpu_bytes=int(gpu_gib * 2**30), **options)
+    console = Console()
+    if as_json:
+        console.print_json(data=asdict(found))
+        return
+    console.print(_table(found, config, gpu_gib, options))
+
+
+def load_settings(path: Path | None, overrides: list[str]) -> Config:
+    """The settings of a file, or the defaults, under overrides."""
+    if path is not None:
+        return load_config(path, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        empty = Path(folder) / "aspo.toml"
+        empty.write_text('[model]\npath = "-"\n[data]\npath = "-"\n')
+        return load_config(empty, overrides)
+
+
+def _table(found: Estimate, config: Config, gpu_gib: float, options: dict[str, Any]) -> Table:
+    learner, engine = config.learner, config.actor.engine
+    rows = {
+        "parameters": f"{found.parameters:,}",
+        "learner: states": f"{_gib(found.learner_states)} (fp32 weights, gradients, AdamW)",
+        "learner: activations": f"{_gib(found.learner_activations)} of {found.learner_tokens} tokens; "
+        f"micro_batch_tokens is {learner.micro_batch_tokens}",
+        "learner: GPUs": f"{found.learner_gpus} of {gpu_gib:g} GiB, of each {_gib(found.learner_gpu_peak)}",
+        "learner: host memory, disk": f"{_gib(found.learner_host)}, {_gib(found.learner_disk)}",
+        "actor: weights": _gib(found.actor_weights),
+        "actor: GPUs": f"{found.actor_gpus}",
+        "actor: KV cache": f"{found.actor_kv_per_token / 1024:.0f} KiB a token; room for "
+        f"{found.actor_sequences} of {engine.max_num_seqs} sequences",
+        "GPUs in all": f"{found.gpus}; actors: {options['actors']}",
+        "weights: snapshot": _gib(found.snapshot),
+        "weights: a step's delta": f"{_gib(found.delta)} (first steps {_gib(found.delta_first)})",
+        "weights: learner sends": f"{found.weights_per_second * 8 / 1e6:.0f} Mbit/s, steps of "
+        f"{options['step_seconds']:g} s",
+        "Redis": f"{_gib(found.redis)} of rollouts; give it twice that",
+    }
+    table = Table(title=found.model, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _gib(size: int) -> str:
+    """Bytes in GiB, smaller ones in MiB."""
+    number, unit = (size / 2**30, "GiB") if size >= 2**30 else (size / 2**20, "MiB")
+    return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
