@@ -477,10 +477,15 @@ class RolloutEngine:
             logprobs=logprobs,
             spans=tuple(VersionSpan(s.version, s.end - s.start) for s in sample.weight_versions),
             finish_reason=sample.finish_reason,
-            text=self._tokenizer.decode(
-                sample.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            ),
+            text=self.text_of(sample.token_ids),
         )
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Decode tokens, special ones left out."""
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
 
     def _require_healthy(self) -> None:
         if not self.healthy:

@@ -17,6 +17,7 @@ from aspo.config import Config
 from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
 from aspo_actor.engine import Completion, EngineError, RolloutEngine
+from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync
 
@@ -140,12 +141,21 @@ class Worker:
             await asyncio.to_thread(self._hand_back, [claim])
             return
         self._count(completions)
-        scores = await self._scorer.score([c.text for c in completions], task.reward_inputs)
+        scores = await self._scorer.score(self._answers(task, completions))
         group = assemble(task, self._actor, completions, scores)
         await self._store(claim, encode_group(group))
         self.groups += 1
         if self.on_group is not None:
             await self.on_group(group)
+
+    def _answers(self, task: Task, completions: Sequence[Completion]) -> Answers:
+        return Answers(
+            prompt=self._engine.text_of(task.prompt_ids),
+            completions=[c.text for c in completions],
+            token_ids=[c.token_ids.tolist() for c in completions],
+            max_tokens=task.max_tokens,
+            columns=task.reward_inputs,
+        )
 
     async def _store(self, claim: Claim, payload: bytes) -> None:
         """Store the rollout, then finish the task; waits for Redis as long as it takes."""
@@ -196,6 +206,7 @@ def assemble(task: Task, actor: str, completions: Sequence[Completion], scores: 
         behavior_logprobs=np.concatenate([c.logprobs for c in completions]),
         rewards=scores.rewards,
         failed=scores.failed,
+        reward_parts=dict(scores.parts),
         finish_reasons=tuple(c.finish_reason for c in completions),
         spans=tuple(c.spans for c in completions),
     )

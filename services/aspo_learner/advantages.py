@@ -1,4 +1,4 @@
-"""Group-relative advantages and the overlong penalty, as in the reference runs of ASPO (arXiv 2510.06062).
+"""Group-relative advantages, as in the reference runs of ASPO (arXiv 2510.06062).
 
 Deviations from the reference code (github.com/wizard-III/Archer2.0, a fork of verl):
 
@@ -40,16 +40,6 @@ def is_informative(rewards: Tensor) -> bool:
     if not torch.isfinite(rewards).all():
         raise ValueError(f"rewards are not finite ({rewards.tolist()}): drop the group or score the sample 0")
     return bool((rewards != rewards[0]).any())
-
-
-def overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """DAPO's soft punishment: 0 up to `max_length - buffer` tokens, then linearly down to -1 at `max_length`.
-
-    Lengths in tokens. Raises ValueError unless 0 < buffer <= max_length. Source: arXiv 2503.14476.
-    """
-    if not 0 < buffer <= max_length:
-        raise ValueError(f"buffer is {buffer}: make it at least 1 and at most max_length ({max_length})")
-    return min(-(length - (max_length - buffer)) / buffer, 0.0)
 
 
 def _as_float(rewards: Tensor) -> Tensor:

@@ -183,7 +183,7 @@ def describe_batch(
             for tokens in np.split(group.token_ids, np.cumsum(group.lengths)[:-1])
         ]
     )
-    return {
+    described = {
         "reward": float(rewards.mean()),
         "reward_failed_fraction": float(np.concatenate([group.failed for group in groups]).mean()),
         "truncated_fraction": float(
@@ -193,7 +193,19 @@ def describe_batch(
         "repetition_correct": float(repeats[better].mean()) if better.any() else 0.0,
         "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
         "tokens": float(lengths.sum()),
-    } | describe_staleness(rule, groups, weights, dropped, current)
+    }
+    staleness = describe_staleness(rule, groups, weights, dropped, current)
+    return described | _reward_parts(groups) | staleness
+
+
+def _reward_parts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """The mean of each part of the reward, over the samples that were scored."""
+    values: dict[str, list[FloatArray]] = {}
+    for group in groups:
+        for name, part in group.reward_parts.items():
+            values.setdefault(f"reward_part/{name}", []).append(part[~group.failed])
+    scored = {name: np.concatenate(parts) for name, parts in values.items()}
+    return {name: float(part.mean(dtype=np.float64)) for name, part in scored.items() if len(part)}
 
 
 def save_batch(folder: Path, groups: Iterable[RolloutGroup]) -> Path:

@@ -32,6 +32,7 @@ MAX_TASK_BYTES = 4 * 2**20
 MAX_SAMPLES = 1024
 MAX_TOKENS = 2**22  # completion tokens of a group, and prompt tokens
 MAX_SPANS = 256  # policy versions within one completion
+MAX_PARTS = 64  # of a reward
 MAX_NAME = 128  # characters of a uid or an actor's name
 MAX_TEMPERATURE = 100.0
 MIN_TRAIN_TEMPERATURE = 0.01  # vLLM samples colder requests at 0.01, or greedily
@@ -88,8 +89,11 @@ class CodecError(AspoError, ValueError):
         self.code: CodecFault = code
 
 
-class _WireGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`RolloutGroup` with its arrays as raw little-endian bytes."""
+class _WireGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """`RolloutGroup` with its arrays as raw little-endian bytes.
+
+    Fields with a default came later: one that holds nothing is not written, so that older readers take it.
+    """
 
     uid: _Name
     actor: _Name
@@ -103,6 +107,7 @@ class _WireGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     failed: _PerSample1
     finish_reasons: Annotated[tuple[FinishReason, ...], Meta(max_length=MAX_SAMPLES)]
     spans: Annotated[tuple[_Spans, ...], Meta(max_length=MAX_SAMPLES)]
+    reward_parts: Annotated[dict[_Name, _PerSample4], Meta(max_length=MAX_PARTS)] = {}
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -127,6 +132,9 @@ def encode_group(group: RolloutGroup) -> bytes:
         failed=_raw("failed", group.failed, _BOOL),
         finish_reasons=group.finish_reasons,
         spans=group.spans,
+        reward_parts={
+            name: _raw("reward_parts", values, _FLOAT32) for name, values in group.reward_parts.items()
+        },
     )
     payload = _pack(wire)
     _read_group(payload)
@@ -182,7 +190,8 @@ def validate_group(
         return "nan-logprob"
     if group.behavior_logprobs.max() > LOGPROB_TOLERANCE:
         return "positive-logprob"
-    if not (np.abs(group.rewards) <= MAX_REWARD).all():  # NaN is not either
+    rewards = (group.rewards, *group.reward_parts.values())
+    if not all((np.abs(values) <= MAX_REWARD).all() for values in rewards):  # NaN is not either
         return "bad-reward"
     if group.purpose == "train" and group.temperature < MIN_TRAIN_TEMPERATURE:
         return "bad-temperature"
@@ -290,6 +299,7 @@ def _read_group(payload: bytes | memoryview) -> RolloutGroup:
         failed=_view("failed", wire.failed, _BOOL),
         finish_reasons=wire.finish_reasons,
         spans=wire.spans,
+        reward_parts={name: _view("reward_parts", raw, _FLOAT32) for name, raw in wire.reward_parts.items()},
     )
     _check_lengths(group)
     _check_spans(group)
@@ -310,6 +320,7 @@ def _check_lengths(group: RolloutGroup) -> None:
         ("failed", len(group.failed), samples),
         ("finish_reasons", len(group.finish_reasons), samples),
         ("spans", len(group.spans), samples),
+        *(("reward_parts", len(values), samples) for values in group.reward_parts.values()),
     ):
         if found != expected:
             raise CodecError("length", f"{name} has {found} entries; the lengths call for {expected}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlencode
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -27,6 +27,13 @@ from pydantic_settings import (
 
 from aspo import failpoints
 from aspo.errors import AspoError
+from aspo.task_config import CodeConfig as CodeConfig
+from aspo.task_config import DataConfig as DataConfig
+from aspo.task_config import EvalConfig as EvalConfig
+from aspo.task_config import Fraction, Name, Section
+from aspo.task_config import RewardConfig as RewardConfig
+from aspo.task_config import RewardPart as RewardPart
+from aspo.task_config import SamplingConfig as SamplingConfig
 
 ENV_PREFIX = "ASPO_"
 ENV_DELIMITER = "__"
@@ -36,21 +43,13 @@ _SECRET_SECTIONS = {"auth", "redis"}  # whose values are never shown
 _OTHER_VARIABLES = {TOKEN_VARIABLE, failpoints.VARIABLE}
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["auto", "fp32", "bf16"]
 StalenessPolicy = Literal["drop", "mask", "decay"]
 
 
 class ConfigError(AspoError, ValueError):
     """A setting that the user must mend; its text is one line that says which and how."""
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 def _require_pair(section: str, cert: Path | None, key: Path | None) -> None:
@@ -125,55 +124,6 @@ class ModelConfig(Section):
         "bfloat16",
         description="Type in which weights are published and actors run; the learner keeps fp32 masters.",
     )
-
-
-class DataConfig(Section):
-    """Where prompts come from and which columns mean what."""
-
-    path: str = Field(
-        ..., min_length=1, description="A .jsonl, .json, .parquet or .csv file, or a HF dataset name."
-    )
-    split: str = Field("train", description="Split to read.")
-    prompt_column: str = Field("prompt", description="A string, or a list of chat messages.")
-    reward_columns: tuple[str, ...] = Field(("answer",), description="Columns handed to the reward function.")
-    chat_template: bool | None = Field(
-        None, description="Render prompts with the tokenizer's chat template; unset: when it has one."
-    )
-    overlong_prompts: Literal["error", "skip"] = Field(
-        "error", description="What to do with a prompt that leaves no room for `sampling.max_tokens`."
-    )
-
-
-class EvalConfig(Section):
-    """Held-out greedy evaluation by the actors, without stopping training."""
-
-    path: str | None = Field(None, description="Prompts as in `data`; none: no evaluation.")
-    split: str = Field("train", description="Split to read.")
-    every: int = Field(20, ge=1, description="Learner steps between evaluations.")
-    max_prompts: int = Field(256, ge=1, description="Prompts used during training; before and after use all.")
-    stop_accuracy: Fraction | None = Field(None, description="Stop training once an evaluation reaches this.")
-    min_steps: int = Field(0, ge=0, description="But not before this many steps.")
-
-
-class SamplingConfig(Section):
-    """How actors sample; top-p, top-k and penalties are off: they would falsify the behaviour log-probs."""
-
-    group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
-    max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
-    temperature: float = Field(1.0, ge=0.01, le=2.0, description="Applied by actor and learner alike.")
-
-
-class RewardConfig(Section):
-    """Who scores a completion."""
-
-    function: str = Field(
-        "aspo_actor.rewards:exact_match",
-        pattern=r"^[\w.]+:\w+$",
-        description="Import path `module:function`.",
-    )
-    timeout_s: float = Field(10.0, gt=0, description="A slower call scores the sample as failed.")
-    failed_score: float = Field(0.0, ge=-1e6, le=1e6, description="Reward of a sample whose scoring failed.")
-    concurrency: int = Field(4, ge=1, le=256, description="Worker processes that run the reward function.")
 
 
 class LossConfig(Section):

@@ -10,8 +10,8 @@ each task (sampling) or each version (model config) is not in it: there is nothi
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 import redis
@@ -31,6 +31,7 @@ _SETTINGS = (
     "canary.enabled",
     "actor.engine.max_model_len",  # by it the learner chooses its prompts
 )
+_SETTINGS_IF_SET = ("reward.parts", "reward.options", "reward.style")  # newer ones, which most runs leave
 _NO_VOCABULARY = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -41,11 +42,20 @@ class HelloError(AspoError, ValueError):
 def own_hello(config: Config, files: Mapping[str, BlobRef]) -> Hello:
     """What a process has to say of itself, given the files that come with its weights."""
     vocabulary = {name: ref for name, ref in files.items() if name not in _NO_VOCABULARY}
-    values = config.model_dump(mode="json")
-    settings = {
-        name: functools.reduce(lambda tree, key: tree[key], name.split("."), values) for name in _SETTINGS
-    }
+    values, changed = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
+    settings = {name: _look_up(values, name) for name in _SETTINGS}
+    for name in _SETTINGS_IF_SET:
+        if (value := _look_up(changed, name)) is not None:
+            settings[name] = value
     return Hello(tokenizer=config_digest(vocabulary), settings=settings)
+
+
+def _look_up(values: dict[str, Any], name: str) -> Any:
+    """The value of `section.key`, None if there is none."""
+    value: Any = values
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def file_refs(files: Mapping[str, bytes]) -> dict[str, BlobRef]:

@@ -8,7 +8,8 @@ handful of buffers however many samples it holds.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 
-_SCORED_BY = ("data.reward_columns", "reward.failed_score", "reward.function")
+_SCORED_BY = ("data.reward_columns", "reward.")  # beginnings of the settings that decide it
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -85,7 +86,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def stamp(self) -> str:
         """Short digest of what a rollout's rewards depend on; rollouts carry it."""
-        scored_by = {name: value for name, value in self.settings.items() if name in _SCORED_BY}
+        scored_by = {name: value for name, value in self.settings.items() if name.startswith(_SCORED_BY)}
         return blake3(msgspec.json.encode([self.tokenizer, sorted(scored_by.items())])).hexdigest(8)
 
 
@@ -102,7 +103,7 @@ class RolloutGroup:
 
     Shapes: prompt_ids [P]; lengths, rewards, failed [G]; token_ids, behavior_logprobs [sum(lengths)]; spans
     holds, per sample, the run-length policy versions of its tokens. Log-probs are in nats, at the task's
-    temperature.
+    temperature. `reward_parts` are what the rewards were summed from, by name, [G] each, before weighting.
     """
 
     uid: str
@@ -117,6 +118,7 @@ class RolloutGroup:
     failed: NDArray[np.bool_]
     finish_reasons: tuple[FinishReason, ...]
     spans: tuple[tuple[VersionSpan, ...], ...]
+    reward_parts: Mapping[str, FloatArray] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
     def __len__(self) -> int:

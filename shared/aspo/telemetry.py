@@ -14,9 +14,11 @@ from aspo.text import printable
 
 _MAX_LINE = 4000
 
+# A name `x/y` stands for a value for each y, written x/<its y>: a gauge with the label y.
 LEARNER_METRICS = {
     "step": "Rollout batches trained on",
     "reward": "Mean reward of the batch's samples",
+    "reward_part/part": "Mean of one part of the reward, before weighting, over samples that were scored",
     "accuracy": "Held-out greedy mean reward at the last evaluation",
     "loss": "Mean loss per update (a handle for autograd: read surrogate instead)",
     "surrogate": "Mean of advantage x correction x weight per token",
@@ -103,15 +105,18 @@ class Gauges:
     def __init__(self, service: str, table: Mapping[str, str]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._gauges = {
-            name: Gauge(f"aspo_{service}_{name}", text, registry=self.registry)
-            for name, text in table.items()
-        }
+        self._gauges: dict[str, Gauge] = {}
+        for entry, text in table.items():
+            name, _, label = entry.partition("/")
+            labels = [label] if label else []
+            self._gauges[name] = Gauge(f"aspo_{service}_{name}", text, labels, registry=self.registry)
 
     def set(self, values: Mapping[str, float]) -> None:
         """Set the gauges of all values; a name outside the table is an error."""
-        for name, value in values.items():
-            self._gauges[name].set(value)
+        for entry, value in values.items():
+            name, _, label = entry.partition("/")
+            gauge = self._gauges[name]
+            (gauge.labels(label) if label else gauge).set(value)
 
 
 class PrintableFormatter(logging.Formatter):

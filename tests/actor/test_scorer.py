@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from aspo.config import ConfigError, RewardConfig
-from aspo_actor.rewards import exact_match, numeric_match
-from aspo_actor.rewards.scorer import Scorer, load_reward_function
+from aspo.config import ConfigError, RewardConfig, RewardPart
+from aspo_actor.rewards.calls import Answers, load_reward_function
+from aspo_actor.rewards.scorer import Scorer
+
+
+def answers(completions: Sequence[str], *, tokens: Sequence[int] = (), **columns: Any) -> Answers:
+    """Completions of 3 tokens each, or of as many as `tokens` says, to one prompt."""
+    lengths = tokens or [3] * len(completions)
+    return Answers("2+2=", completions, [list(range(n)) for n in lengths], 10, columns)
 
 
 def difficult(completion: str, *, answer: str) -> Any:
@@ -52,7 +59,7 @@ async def test_a_failure_costs_its_own_sample_only(
     scorer: Scorer, completions: Sequence[str], rewards: Sequence[float], failed: Sequence[bool]
 ) -> None:
     before = scorer.failures
-    scores = await scorer.score(completions, {"answer": "4"})
+    scores = await scorer.score(answers(completions, answer="4"))
     np.testing.assert_array_equal(scores.rewards, rewards)
     np.testing.assert_array_equal(scores.failed, failed)
     assert scorer.failures - before == sum(failed)
@@ -71,29 +78,92 @@ def test_a_function_that_cannot_work_is_refused_at_the_start(
     path: str, columns: Sequence[str], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        load_reward_function(path, columns)
+        load_reward_function(RewardPart(function=path), columns)
+
+
+async def thinking(completion: str, *, prompt: str, answer: str) -> float:
+    """A judge that takes its time, for all completions at once."""
+    await asyncio.sleep(0.5)
+    if completion == "raise":
+        raise RuntimeError(prompt)
+    return float(completion == answer)
+
+
+def trl(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[float | None]:
+    """As rewards are written for TRL."""
+    assert prompts == ["2+2="] * len(completions)
+    return [
+        None if text == "?" else float(text == right) for text, right in zip(completions, answer, strict=True)
+    ]
+
+
+def trl_chat(completions: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    assert columns["prompts"][0] == [{"role": "user", "content": "2+2="}]
+    if any(chat[0]["content"] == "raise" for chat in completions):
+        raise RuntimeError
+    return [float(len(ids)) for ids in completion_ids]
+
+
+def too_few(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    return [1.0]
+
+
+def test_parts_are_summed_by_weight_and_each_is_told() -> None:
+    config = RewardConfig(
+        parts=(
+            RewardPart(function="aspo_actor.rewards:exact_match", name="right"),
+            RewardPart(function=f"{__name__}:thinking", weight=2.0),
+            RewardPart(function="aspo_actor.rewards:overlong_penalty", options={"buffer": 4}, weight=0.5),
+            RewardPart(function=f"{__name__}:trl", style="trl", weight=-1.0),
+            RewardPart(function=f"{__name__}:trl_chat", style="trl-chat", weight=0.0),
+        ),
+        failed_score=-1.0,
+        concurrency=2,
+    )
+    with Scorer(config, ["answer"]) as scorer:
+        scores = asyncio.run(
+            scorer.score(answers(["4", "5", "?", "raise"], tokens=[6, 8, 10, 1], answer="4"))
+        )
+        assert scorer.failures == 1
+    np.testing.assert_array_equal(scores.rewards, [2.0, -0.25, -0.5, -1.0])
+    np.testing.assert_array_equal(scores.failed, [False, False, False, True])
+    assert {name: values.tolist() for name, values in scores.parts.items()} == {
+        "right": [1, 0, 0, 0],
+        "thinking": [1, 0, 0, 0],
+        "overlong_penalty": [0, -0.5, -1, 0],
+        "trl": [1, 0, 0, 0],
+        "trl_chat": [6, 8, 10, 0],
+    }
+
+
+def test_a_function_for_groups_that_gives_too_few_fails_them_all() -> None:
+    config = RewardConfig(function=f"{__name__}:too_few", style="trl", concurrency=1)
+    with Scorer(config, []) as scorer:
+        scores = asyncio.run(scorer.score(answers(["4", "5"])))
+    np.testing.assert_array_equal(scores.failed, [True, True])
+
+
+def test_code_is_not_run_unless_the_config_says_so() -> None:
+    config = RewardConfig(function="aspo_actor.rewards:code_tests")
+    with pytest.raises(ConfigError, match=r"reward\.code\.sandbox is 'off'; set it to 'bubblewrap'"):
+        Scorer(config, ["tests"])
 
 
 @pytest.mark.parametrize(
-    ("completion", "answer", "reward"),
-    [("42", "42", 1), (" 42\n", 42, 1), ("42.", "42", 0), ("", "42", 0), ("The answer is 42", "42", 0)],
-)
-def test_exact_match(completion: str, answer: object, reward: float) -> None:
-    assert exact_match(completion, answer=answer) == reward
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "reward"),
+    ("part", "words"),
     [
-        ("It is 42.", "42", 1),
-        ("First 41, then 42.0", 42, 1),
-        ("1,234", "1234", 1),
-        ("-3", "3", 0),
-        ("4.2e1", "42", 1),
-        ("42 or 43", "42", 0),
-        ("no number", "42", 0),
-        ("", "42", 0),
+        (
+            {"function": "aspo_actor.rewards:exact_match", "options": {"answer": "4"}},
+            "'answer' is a column too",
+        ),
+        ({"function": "aspo_actor.rewards:format_match"}, "missing a required argument: 'pattern'"),
+        (
+            {"function": f"{__name__}:thinking", "options": {"warmth": 3}},
+            "unexpected keyword argument 'warmth'",
+        ),
+        ({"function": "aspo_actor.rewards:exact_match", "style": "trl"}, "missing a required argument"),
     ],
 )
-def test_numeric_match(completion: str, answer: object, reward: float) -> None:
-    assert numeric_match(completion, answer=answer) == reward
+def test_arguments_that_do_not_fit_are_refused_at_the_start(part: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_reward_function(RewardPart(**part), ["answer"])

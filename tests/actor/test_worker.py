@@ -34,6 +34,9 @@ class StubEngine:
         self.requests = 0
         self.healthy, self.recoverable = True, False
 
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        return "1+2="
+
     async def sample(self, prompt_ids: Sequence[int], *, n: int, **options: Any) -> list[Completion]:
         self.requests += 1
         await self.gate.wait()

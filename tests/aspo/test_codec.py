@@ -88,6 +88,7 @@ def int32(*values: int) -> bytes:
 
 def comparable(group: RolloutGroup) -> dict[str, Any]:
     fields = {field.name: getattr(group, field.name) for field in dataclasses.fields(group)}
+    fields |= fields.pop("reward_parts")
     arrays = {name: value for name, value in fields.items() if isinstance(value, np.ndarray)}
     return fields | {name: (value.dtype, value.shape, value.tobytes()) for name, value in arrays.items()}
 
@@ -184,6 +185,7 @@ def groups(draw: st.DrawFn) -> RolloutGroup:
         failed=np.array(draw(st.lists(st.booleans(), min_size=len(spans), max_size=len(spans)))),
         finish_reasons=tuple(draw(st.sampled_from(["stop", "length"])) for _ in spans),
         spans=spans,
+        reward_parts={name: array(len(spans), np.float32) for name in draw(st.sets(names, max_size=2))},
     )
 
 
@@ -247,6 +249,7 @@ wire_groups = st.fixed_dictionaries(
         "rewards": buffers,
         "failed": flags,
         "finish_reasons": st.lists(st.sampled_from(["stop", "length"]), max_size=3),
+        "reward_parts": st.dictionaries(st.text(max_size=3), buffers, max_size=2),
     },
 )
 odd_groups = st.dictionaries(
@@ -255,6 +258,17 @@ odd_groups = st.dictionaries(
 
 
 # Round trips
+
+
+def test_a_group_without_parts_is_what_older_readers_take() -> None:
+    wire = msgspec.msgpack.decode(GROUP_FRAME[HEADER_BYTES:])
+    assert "reward_parts" not in wire
+    parts = {"right": np.array([1, 0], np.float32), "format": np.array([0.5, -0.5], np.float32)}
+    back = decode_group(encode_group(make_group(reward_parts=parts)))
+    assert {name: values.tolist() for name, values in back.reward_parts.items()} == {
+        "right": [1, 0],
+        "format": [0.5, -0.5],
+    }
 
 
 @given(groups())
@@ -391,6 +405,12 @@ def test_the_size_limit_is_inclusive_and_comes_first() -> None:
         ("schema", {"finish_reasons": ["stop", "abort"]}),
         ("schema", {"spans": [[[NEW, 3]], [[NEW, 1.5]]]}),
         ("schema", {"spans": [[[NEW, 3]], [[NEW]]]}),
+        ("schema", {"reward_parts": []}),
+        ("schema", {"reward_parts": {"": bytes(8)}}),
+        ("schema", {"reward_parts": {str(i): bytes(8) for i in range(65)}}),
+        ("length", {"reward_parts": {"format": bytes(4)}}),
+        ("length", {"reward_parts": {"format": bytes(8), "right": bytes(12)}}),
+        ("length", {"reward_parts": {"format": bytes(7)}}),
         ("length", {"prompt_ids": b"\x00" * 5}),
         ("length", {"lengths": int32(3, 1)[:-1]}),
         ("length", {"token_ids": int32(1, 2, 3)}),
@@ -688,6 +708,7 @@ POISONS: list[tuple[str, dict[str, Any]]] = [
     ("positive-logprob", {"behavior_logprobs": logprobs(2e-4)}),
     ("bad-reward", {"rewards": np.array([np.nan, 0], np.float32)}),
     ("bad-reward", {"rewards": np.array([0, -np.inf], np.float32)}),
+    ("bad-reward", {"reward_parts": {"format": np.array([0, np.nan], np.float32)}}),
     ("bad-temperature", {"temperature": 0.0}),
     ("bad-temperature", {"temperature": 1e-30}),
     ("foreign-run", {"spans": versioned("other/1/42")}),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aspo.config import ConfigError, load_config
+from aspo.hello import own_hello
 
 
 @pytest.fixture
@@ -126,3 +127,36 @@ def test_an_error_shows_no_secret(config_file: Path, overrides: list[str]) -> No
     with pytest.raises(ConfigError) as caught:
         load_config(config_file, overrides)
     assert "8675309" not in str(caught.value)
+
+
+def test_what_rewards_depend_on_is_said_and_what_older_releases_lack_is_not(config_file: Path) -> None:
+    """A rollout's stamp outlives an upgrade: with the settings of old it is what it was."""
+    hello = own_hello(load_config(config_file), {})
+    assert hello.stamp == "134998f6881692ef"
+    parts = 'reward.parts=[{function = "a:f"}, {function = "b:f", name = "second", weight = 2}]'
+    other = own_hello(load_config(config_file, [parts]), {})
+    assert other.settings["reward.parts"] == [
+        {"function": "a:f"},
+        {"function": "b:f", "name": "second", "weight": 2.0},
+    ]
+    assert other.stamp != hello.stamp
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (['reward.parts=[{function = "a:f"}, {function = "b:f"}]'], "two reward.parts are named 'f'"),
+        (
+            ['reward.parts=[{function = "a:f"}]', "reward.function=a:f"],
+            "reward.function and reward.parts are",
+        ),
+        (["reward.code.sandbox=bubblewrap", "reward.code.wall_s=10"], "raise reward.timeout_s"),
+        (["reward.code.sandbox=docker"], "reward.code.sandbox.*'off', 'bubblewrap' or 'none'"),
+    ],
+)
+def test_rewards_that_contradict_themselves_are_named(
+    config_file: Path, overrides: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(config_file, overrides)
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Group advantages against the formula in plain Python, and the overlong penalty's three points."""
+"""Group advantages against the formula in plain Python."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aspo_learner.advantages import group_advantages, is_informative, overlong_penalty
+from aspo_learner.advantages import group_advantages, is_informative
 
 rewards_of_a_group = st.lists(st.floats(-2, 2), min_size=2, max_size=16)
 
@@ -66,11 +66,3 @@ def test_bad_groups_say_what_to_do() -> None:
             group_advantages(rewards)
     with pytest.raises(ValueError, match="use grpo"):
         group_advantages(torch.zeros(2), estimator="gae")  # type: ignore[arg-type]
-
-
-def test_overlong_penalty_falls_over_the_buffer() -> None:
-    want = {0: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 100: -1.0, 110: -1.5}
-    assert {n: overlong_penalty(n, 100, 20) for n in want} == pytest.approx(want)
-    for buffer in (0, -1, 101):
-        with pytest.raises(ValueError, match="buffer"):
-            overlong_penalty(10, 100, buffer)

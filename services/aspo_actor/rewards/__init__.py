@@ -1,14 +1,22 @@
 """Built-in reward functions: `f(completion, **columns) -> float`, as any reward function named in the config.
 
-`completion` is the decoded text without special tokens; `columns` are the data set's `data.reward_columns`.
+`completion` is the decoded text without special tokens; the columns are the data set's
+`data.reward_columns`, and further arguments the `options` of the config. A function that names one of these
+is given it as well: `prompt` (text), `completion_tokens` (how many), `max_tokens`, `sandbox` (see `sandbox`).
+What cannot be scored raises: the sample counts as failed.
 """
 
 from __future__ import annotations
 
 import re
+import secrets
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aspo_actor.rewards.sandbox import Sandbox
+
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def exact_match(completion: str, *, answer: Any, **columns: Any) -> float:
@@ -23,3 +31,88 @@ def numeric_match(completion: str, *, answer: Any, **columns: Any) -> float:
         return 0.0
     value, target = float(found[-1].replace(",", "")), float(str(answer).replace(",", ""))
     return float(abs(value - target) <= 1e-6 * max(1.0, abs(target)))
+
+
+def regex_match(completion: str, *, answer: Any, pattern: str, **columns: Any) -> float:
+    """1 if the last match of `pattern` in the completion (its first group, if it has one) is the answer."""
+    matches = list(re.finditer(pattern, completion))
+    if not matches:
+        return 0.0
+    last = matches[-1]
+    found = last[1] if last.re.groups else last[0]
+    return float(found is not None and found.strip() == str(answer).strip())
+
+
+def format_match(completion: str, *, pattern: str, **columns: Any) -> float:
+    """1 if the whole completion, stripped, fits `pattern`, whose `.` is any character, else 0."""
+    return float(re.fullmatch(pattern, completion.strip(), re.DOTALL) is not None)
+
+
+def math_match(completion: str, *, answer: Any, seconds: int = 3, **columns: Any) -> float:
+    r"""1 if the answer that the completion gives equals the right one as mathematics, else 0.
+
+    By math-verify: what is in `\boxed{}` counts (two such are two answers, and wrong) or, without it, the
+    last formula or number. What takes longer than `seconds` to read or to compare is not equal. Raises
+    ValueError for a right answer that is no mathematics.
+    """
+    from math_verify import parse, verify
+
+    text = str(answer)
+    gold = parse(text if "$" in text or "\\boxed" in text else f"${text}$", parsing_timeout=seconds)
+    if not gold:
+        raise ValueError(f"the answer {text[:80]!r} is no mathematics; use exact_match for it")
+    found = parse(completion, parsing_timeout=seconds)
+    return float(bool(found) and verify(gold, found, timeout_seconds=seconds))
+
+
+def overlong_penalty(
+    completion: str, *, completion_tokens: int, max_tokens: int, buffer: int, **columns: Any
+) -> float:
+    """DAPO's soft punishment: 0 up to `max_tokens - buffer` tokens, then linearly down to -1 at `max_tokens`.
+
+    Raises ValueError unless 0 < buffer <= max_tokens. Source: arXiv 2503.14476.
+    """
+    if not 0 < buffer <= max_tokens:
+        raise ValueError(f"buffer is {buffer}: make it at least 1 and at most max_tokens ({max_tokens})")
+    return min(-(completion_tokens - (max_tokens - buffer)) / buffer, 0.0)
+
+
+def code_tests(
+    completion: str,
+    *,
+    tests: str | Sequence[Mapping[str, str]],
+    sandbox: Sandbox,
+    partial: bool = False,
+    **columns: Any,
+) -> float:
+    """1 if the completion's last Python block passes the tests, run in the sandbox, else 0.
+
+    `tests` is a list of {"input", "output"}: what the program reads from standard input and must write to
+    standard output, but for white space at the ends of lines; or Python source that follows the program and
+    raises if it is wrong. `partial` gives the share of passed inputs. Outputs are compared here, out of the
+    program's reach; Python tests run beside it, where a program made for the purpose can cheat them.
+    """
+    blocks = _CODE_BLOCK.findall(completion)
+    program = blocks[-1] if blocks else completion
+    if not tests:
+        raise ValueError("the tests are empty; remove the row")
+    if isinstance(tests, str):
+        return float(_survives(program, tests, sandbox))
+    passed = 0
+    for test in tests:
+        result = sandbox.run(program, test["input"])
+        passed += result.fault is None and _lines(result.output) == _lines(test["output"])
+        if not passed and not partial:
+            break
+    return passed / len(tests) if partial else float(passed == len(tests))
+
+
+def _survives(program: str, tests: str, sandbox: Sandbox) -> bool:
+    """Whether the tests are run to their end, which a program that exits early does not reach."""
+    mark = f"passed {secrets.token_hex(16)}"
+    result = sandbox.run(f"{program}\n\n{tests}\n\nprint('\\n{mark}')\n")
+    return result.fault is None and _lines(result.output)[-1:] == [mark]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().split("\n")]

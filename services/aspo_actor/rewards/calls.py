@@ -1,0 +1,187 @@
+"""How a reward function is found and called: for each completion, or TRL's way for a whole group.
+
+A worker process of the `scorer` runs `score_all`; the actor itself only looks whether a function will do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aspo.codec import MAX_REWARD
+from aspo.config import CodeConfig, ConfigError, RewardPart
+from aspo_actor.rewards.sandbox import Sandbox, adopt_orphans, reap_orphans
+
+RewardFunction = Callable[..., Any]
+_GIVEN = {"prompt", "completion_tokens", "max_tokens", "sandbox"}  # to a function that names them
+_GIVEN_TO_TRL = {"completion_ids"}
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """One prompt's completions, as reward functions see them; texts without special tokens."""
+
+    prompt: str
+    completions: Sequence[str]
+    token_ids: Sequence[Sequence[int]]
+    max_tokens: int
+    columns: dict[str, Any]
+
+    def only(self, number: int) -> Answers:
+        """The same prompt with one of the completions."""
+        one = slice(number, number + 1)
+        return Answers(self.prompt, self.completions[one], self.token_ids[one], self.max_tokens, self.columns)
+
+
+def load_reward_function(part: RewardPart, columns: Sequence[str]) -> RewardFunction:
+    """Import `module:function`; raises ConfigError if it is not there or cannot take the columns."""
+    path = part.function
+    module_name, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise ConfigError(f"reward.function {path!r}: {error}; put its folder on PYTHONPATH") from None
+    except AttributeError:
+        raise ConfigError(f"reward.function {path!r}: module {module_name} has no {name!r}") from None
+    except (Exception, SystemExit) as error:  # a user's module may fail in any way as it is imported
+        raise ConfigError(
+            f"reward.function {path!r}: importing it raised {error!r}; mend the module"
+        ) from None
+    unfit = (inspect.isclass, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    if not callable(function) or any(is_kind(function) for is_kind in unfit):
+        raise ConfigError(f"reward.function {path!r} is not a plain function")
+    if hidden := sorted(set(columns) & set(part.options)):
+        raise ConfigError(f"reward.options of {path!r}: {hidden[0]!r} is a column too; rename one")
+    _require_signature(function, part, columns)
+    found: RewardFunction = function
+    return found
+
+
+def wants_sandbox(part: RewardPart) -> bool:
+    """Whether the function asks for a sandbox; such a one gets a call for each completion."""
+    return "sandbox" in _named(_find(part))
+
+
+def score_all(part: RewardPart, answers: Answers, code: CodeConfig) -> list[float | str] | str:
+    """In a worker: a number or what went wrong, per completion; or what went wrong with all of the group."""
+    function = _find(part)
+    if part.style != "plain":
+        return _score_group(function, part, answers)
+    if "sandbox" in _named(function):
+        adopt_orphans()
+    calls = list(_calls(function, part, answers, Sandbox(code)))
+    if inspect.iscoroutinefunction(function):
+        return asyncio.run(_await_all(function, calls))
+    values = [_score_one(function, *call) for call in calls]
+    if "sandbox" in _named(function):
+        reap_orphans()
+    return values
+
+
+def _require_signature(function: RewardFunction, part: RewardPart, columns: Sequence[str]) -> None:
+    leading = ("completion",) if part.style == "plain" else ("prompts", "completions")
+    given = _GIVEN if part.style == "plain" else _GIVEN_TO_TRL
+    names = {*columns, *part.options, *(_named(function) & given)}
+    try:
+        if part.style == "plain":
+            inspect.signature(function).bind("completion", **dict.fromkeys(names))
+        else:
+            inspect.signature(function).bind(**dict.fromkeys((*names, *leading)))
+    except (TypeError, ValueError) as error:
+        taken = ", ".join((*leading, *columns, *part.options))
+        raise ConfigError(
+            f"reward.function {part.function!r} does not take ({taken}): {error}; set data.reward_columns or "
+            "its options"
+        ) from None
+
+
+def _calls(
+    function: RewardFunction, part: RewardPart, answers: Answers, sandbox: Sandbox
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each completion with the arguments that go with it."""
+    arguments = answers.columns | part.options
+    wanted = (_named(function) & _GIVEN) - arguments.keys()
+    for completion, token_ids in zip(answers.completions, answers.token_ids, strict=True):
+        given = {
+            "prompt": answers.prompt,
+            "completion_tokens": len(token_ids),
+            "max_tokens": answers.max_tokens,
+            "sandbox": sandbox,
+        }
+        yield completion, arguments | {name: given[name] for name in wanted}
+
+
+def _score_one(function: RewardFunction, completion: str, arguments: dict[str, Any]) -> float | str:
+    try:
+        return _checked(function(completion, **arguments))
+    except Exception as error:  # a user's function may raise anything; the sample fails, the run goes on
+        return _describe(error)
+
+
+async def _await_all(
+    function: RewardFunction, calls: Sequence[tuple[str, dict[str, Any]]]
+) -> list[float | str]:
+    async def score(completion: str, arguments: dict[str, Any]) -> float | str:
+        try:
+            return _checked(await function(completion, **arguments))
+        except Exception as error:
+            return _describe(error)
+
+    return list(await asyncio.gather(*(score(*call) for call in calls)))
+
+
+def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -> list[float | str] | str:
+    """Call f(prompts, completions, **columns), every argument a list with an entry per completion."""
+    size = len(answers.completions)
+    prompt: Any = answers.prompt
+    completions: list[Any] = list(answers.completions)
+    if part.style == "trl-chat":
+        prompt = [{"role": "user", "content": prompt}]
+        completions = [[{"role": "assistant", "content": text}] for text in completions]
+    columns: dict[str, Any] = {name: [value] * size for name, value in answers.columns.items()}
+    arguments = columns | part.options | {"prompts": [prompt] * size, "completions": completions}
+    if "completion_ids" in _named(function):
+        arguments["completion_ids"] = [list(ids) for ids in answers.token_ids]
+    try:
+        result = function(**arguments)
+        values = list(asyncio.run(result) if inspect.iscoroutine(result) else result)
+    except Exception as error:
+        return _describe(error)
+    if len(values) != size:
+        return [f"it gave {len(values)} rewards for {size} completions"] * size
+    # In TRL, None says that the function does not apply to the sample.
+    return [0.0 if value is None else _checked(value) for value in values]
+
+
+def _checked(value: Any) -> float | str:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return f"it gave {value!r:.80}, not a number"
+    return number if abs(number) <= MAX_REWARD else f"it gave {number}, not a number within {MAX_REWARD:g}"
+
+
+def _describe(error: Exception) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(frame.filename).name}:{frame.lineno}"
+    # Escaped, for it may quote what a model wrote.
+    text = f"{type(error).__name__}: {error}"[:300].encode("unicode_escape").decode()
+    return f"{text} ({where})"
+
+
+def _find(part: RewardPart) -> RewardFunction:
+    module_name, _, name = part.function.partition(":")
+    found: RewardFunction = getattr(importlib.import_module(module_name), name)
+    return found
+
+
+def _named(function: RewardFunction) -> set[str]:
+    """The arguments that a function names, other than by `**`."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {name for name, p in inspect.signature(function).parameters.items() if p.kind not in kinds}

@@ -1,0 +1,124 @@
+"""The settings of what is learnt: prompts, held-out sets, sampling, rewards; sections of `aspo.config`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+RewardStyle = Literal["plain", "trl", "trl-chat"]
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """Where prompts come from and which columns mean what."""
+
+    path: str = Field(
+        ..., min_length=1, description="A .jsonl, .json, .parquet or .csv file, or a HF dataset name."
+    )
+    split: str = Field("train", description="Split to read.")
+    prompt_column: str = Field("prompt", description="A string, or a list of chat messages.")
+    reward_columns: tuple[str, ...] = Field(("answer",), description="Columns handed to the reward function.")
+    chat_template: bool | None = Field(
+        None, description="Render prompts with the tokenizer's chat template; unset: when it has one."
+    )
+    overlong_prompts: Literal["error", "skip"] = Field(
+        "error", description="What to do with a prompt that leaves no room for `sampling.max_tokens`."
+    )
+
+
+class EvalConfig(Section):
+    """Held-out greedy evaluation by the actors, without stopping training."""
+
+    path: str | None = Field(None, description="Prompts as in `data`; none: no evaluation.")
+    split: str = Field("train", description="Split to read.")
+    every: int = Field(20, ge=1, description="Learner steps between evaluations.")
+    max_prompts: int = Field(256, ge=1, description="Prompts used during training; before and after use all.")
+    stop_accuracy: Fraction | None = Field(None, description="Stop training once an evaluation reaches this.")
+    min_steps: int = Field(0, ge=0, description="But not before this many steps.")
+
+
+class SamplingConfig(Section):
+    """How actors sample; top-p, top-k and penalties are off: they would falsify the behaviour log-probs."""
+
+    group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
+    max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
+    temperature: float = Field(1.0, ge=0.01, le=2.0, description="Applied by actor and learner alike.")
+
+
+class RewardPart(Section):
+    """One of several reward functions, whose weighted sum is the reward; its mean is logged by its name."""
+
+    function: FunctionPath = Field(..., description="Import path `module:function`.")
+    name: Name | None = Field(None, description="Name in the metrics; unset: the function's own.")
+    weight: float = Field(1.0, ge=-1e3, le=1e3, description="Factor in the sum.")
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the function.")
+    style: RewardStyle = Field(
+        "plain",
+        description="plain: f(completion, **columns); trl: f(prompts, completions, **columns) on texts, or "
+        "on chat messages (trl-chat).",
+    )
+
+    @property
+    def label(self) -> str:
+        """The name in the metrics."""
+        return self.name or self.function.partition(":")[2]
+
+
+class CodeConfig(Section):
+    """How code that a model wrote is run, by reward functions that ask for a sandbox."""
+
+    sandbox: Literal["off", "bubblewrap", "none"] = Field(
+        "off", description="none: limits only; the code can read files and reach the network."
+    )
+    wall_s: float = Field(5.0, gt=0, description="Time for one program.")
+    cpu_s: int = Field(5, ge=1, description="CPU time of each of its processes.")
+    memory_mib: int = Field(512, ge=64, description="Address space of each of its processes.")
+    processes: int = Field(8, ge=1, description="Processes and threads, the first included.")
+    files_mib: int = Field(16, ge=1, description="Its files together; it has nowhere else to write.")
+    output_kib: int = Field(256, ge=1, description="Standard output; one that says more is ended.")
+
+
+class RewardConfig(Section):
+    """Who scores a completion: one function, or the weighted sum of `parts`."""
+
+    function: FunctionPath = Field(
+        "aspo_actor.rewards:exact_match", description="Import path `module:function`."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Further arguments of the function.")
+    style: RewardStyle = Field("plain", description="How the function is called; see `parts`.")
+    parts: tuple[RewardPart, ...] = Field((), description="Several functions, in place of the one.")
+    code: CodeConfig = CodeConfig()
+    timeout_s: float = Field(10.0, gt=0, description="A slower call scores the sample as failed.")
+    failed_score: float = Field(0.0, ge=-1e6, le=1e6, description="Reward of a sample whose scoring failed.")
+    concurrency: int = Field(4, ge=1, le=256, description="Worker processes that run the reward function.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardConfig:
+        single = {"function", "options", "style"} & self.model_fields_set
+        if self.parts and single:
+            raise ValueError(f"reward.{min(single)} and reward.parts are both set; keep one")
+        labels = Counter(part.label for part in self.parts)
+        if twice := [label for label, count in labels.items() if count > 1]:
+            raise ValueError(f"two reward.parts are named {twice[0]!r}; give one another name")
+        if self.code.sandbox != "off" and self.code.wall_s >= self.timeout_s:
+            raise ValueError(
+                f"reward.code.wall_s ({self.code.wall_s}) reaches reward.timeout_s ({self.timeout_s}), which "
+                "would fail the sample; lower it or raise reward.timeout_s"
+            )
+        return self
+
+    @property
+    def terms(self) -> tuple[RewardPart, ...]:
+        """The parts, or the one function as a part of weight 1."""
+        one = RewardPart(function=self.function, options=self.options, style=self.style)
+        return self.parts or (one,)
