@@ -36,7 +36,7 @@ from aspo_actor.worker import Worker
 from aspo_cli import demo_model
 from aspo_cli.demo import write_config
 from aspo_cli.processes import Processes, redis_command, wait_for_port
-from aspo_learner.data import load_prompts
+from aspo_learner.data import PromptReader, load_prompts
 from aspo_learner.policy import load_tokenizer
 
 RAMP_S = 1.5
@@ -99,7 +99,9 @@ async def measure(config: Config, folder: Path, rounds: int, window_s: float) ->
 async def alone(config: Config, engine: RolloutEngine, folder: Path, window_s: float) -> float:
     """Tokens per second of the engine fed directly, as many samples in flight as the worker keeps."""
     tokenizer = load_tokenizer(config.model.path)
-    prompts = itertools.cycle(load_prompts(config.data, tokenizer, max_prompt_tokens=64))
+    prompts = itertools.cycle(
+        load_prompts(PromptReader(config.data, config.data.mixture[0], tokenizer, room=64))
+    )
     sampling = config.sampling
     done = 0
 

@@ -35,6 +35,7 @@ from aspo_learner.dispatcher import Dispatcher, task_index
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
+from aspo_learner.order import PromptOrder
 from aspo_learner.planner import Planner
 from aspo_learner.staleness import StalenessRule
 
@@ -89,7 +90,9 @@ class ToyLearner:
         self.step, self.history = state.get("step", 0), state.get("history", [])
         self.ledger = parts.ledger.load(state.get("ledger", {}))
         self.tasks = TaskQueue(client, run, lease_s=10**5, fence=fence)
-        self.dispatcher = Dispatcher(self.tasks, PROMPTS, config, self.ledger, state.get("cursor", 0))
+        self.dispatcher = Dispatcher(
+            self.tasks, PromptOrder(PROMPTS, config.run.seed), config, self.ledger, state.get("cursor", 0)
+        )
         self.intake = parts.intake(
             parts.reader(client, run, fence=fence),
             self.ledger,

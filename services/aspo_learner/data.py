@@ -1,16 +1,19 @@
-"""Prompts: from a file or data set to token ids, and the order in which training asks for them."""
+"""Prompts: from files and data sets to token ids, as the engine gets them; nothing is tokenised again.
+
+reader = PromptReader(config.data, chosen, tokenizer, max_prompt_tokens=room)
+prompts = load_prompts(reader)          # one pass; `reader.counts` says what was left out
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from aspo.config import ConfigError, DataConfig
+from aspo.config import ConfigError, DataConfig, PromptSet
 
 log = logging.getLogger(__name__)
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -18,97 +21,156 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row: its token ids and the columns that the reward function gets."""
+    """One row: its token ids, the columns that the reward function gets, and the name of its set."""
 
     token_ids: list[int]
     reward_inputs: dict[str, Any]
+    source: str = ""
 
 
-def load_prompts(
-    config: DataConfig,
-    tokenizer: Any,
-    *,
-    max_prompt_tokens: int,
-    path: str | None = None,
-    split: str | None = None,
-) -> list[Prompt]:
-    """Read and tokenize all prompts; `path` and `split` replace the config's, for held-out sets.
+@dataclass(slots=True)
+class Counts:
+    """Rows of a set read in this pass, and those of them left out for their length."""
 
-    Raises ConfigError for a missing file or column, an empty set, or a prompt longer than `max_prompt_tokens`
-    (unless data.overlong_prompts is "skip").
+    read: int = 0
+    too_long: int = 0
+
+
+class PromptReader:
+    """The prompts of one set, a pass for every iteration, in the set's own order.
+
+    Raises ConfigError for a missing file or column, an empty prompt or set, or a prompt that is longer than
+    `room` (unless data.overlong_prompts is "skip").
     """
-    path = path or config.path
-    rows = _load_rows(path, split or config.split)
-    for column in (config.prompt_column, *config.reward_columns):
-        if column not in rows.column_names:
+
+    def __init__(self, config: DataConfig, chosen: PromptSet, tokenizer: Any, *, room: int) -> None:
+        self._config, self._set, self._tokenizer, self._room = config, chosen, tokenizer, room
+        self.name = chosen.label
+        self.counts = Counts()
+        self._rows = _load_rows(chosen, streaming=config.streaming)
+        self._wanted = {name: chosen.columns.get(name, name) for name in config.reward_columns}
+        self._prompt_column = chosen.columns.get(config.prompt_column, config.prompt_column)
+        if self._rows.column_names is not None:
+            self._require_columns(self._rows.column_names)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        self.counts = Counts()
+        for number, row in enumerate(_rows_of(self._rows, self._set)):
+            if number == 0:
+                self._require_columns(row)
+            self.counts.read += 1
+            token_ids = self._tokenize(row[self._prompt_column], number)
+            if self._is_too_long(len(token_ids), number):
+                self.counts.too_long += 1
+                continue
+            inputs = {name: row[column] for name, column in self._wanted.items()}
+            yield Prompt(token_ids, inputs, self.name)
+        if self.counts.read == self.counts.too_long:
             raise ConfigError(
-                f"{path} has no column {column!r} (it has {', '.join(rows.column_names)}); "
-                "set data.prompt_column and data.reward_columns"
+                f"{self._set.path} holds no usable prompt ({self.counts.read} rows, {self.counts.too_long} "
+                "too long); give at least one row that fits the context and data.max_prompt_tokens"
             )
-    prompts, skipped = [], 0
-    for number, row in enumerate(rows):
-        token_ids = _tokenize(row[config.prompt_column], tokenizer, config.chat_template)
-        if not token_ids:
-            raise ConfigError(f"{path}, row {number}: the prompt is empty; remove the row")
-        if len(token_ids) <= max_prompt_tokens:
-            prompts.append(Prompt(token_ids, {name: row[name] for name in config.reward_columns}))
-        elif config.overlong_prompts == "skip":
-            skipped += 1
-        else:
+
+    def _require_columns(self, there: Iterable[str]) -> None:
+        there = list(there)
+        for column in (self._prompt_column, *self._wanted.values()):
+            if column not in there:
+                raise ConfigError(
+                    f"{self._set.path} has no column {column!r} (it has {', '.join(there)}); set "
+                    "data.prompt_column and data.reward_columns, or say by `columns` what they are called"
+                )
+
+    def _is_too_long(self, tokens: int, number: int) -> bool:
+        limit = self._config.max_prompt_tokens
+        if limit is not None and tokens > limit:
+            return True
+        if tokens > self._room and self._config.overlong_prompts == "error":
             raise ConfigError(
-                f"{path}, row {number}: the prompt has {len(token_ids)} tokens, but the context leaves "
-                f"{max_prompt_tokens}; shorten it, lower sampling.max_tokens or set "
-                "data.overlong_prompts = 'skip'"
+                f"{self._set.path}, row {number}: the prompt has {tokens} tokens, but the context leaves "
+                f"{self._room}; shorten it, lower sampling.max_tokens or set data.overlong_prompts = 'skip'"
             )
-    if skipped:
-        log.warning(
-            "%s: skipped %d of %d prompts longer than %d tokens", path, skipped, len(rows), max_prompt_tokens
+        return tokens > self._room
+
+    def _tokenize(self, prompt: Any, number: int) -> list[int]:
+        config, tokenizer = self._config, self._tokenizer
+        templated = bool(tokenizer.chat_template) if config.chat_template is None else config.chat_template
+        if not prompt:
+            raise ConfigError(f"{self._set.path}, row {number}: the prompt is empty; remove the row")
+        if not templated and (config.system_prompt or not isinstance(prompt, str)):
+            raise ConfigError(
+                "data.system_prompt and prompts that are lists of messages need a chat template; set "
+                "data.chat_template = true"
+            )
+        if not templated:
+            return list(tokenizer(prompt)["input_ids"])
+        text = tokenizer.apply_chat_template(
+            self._messages(prompt),
+            add_generation_prompt=True,
+            tokenize=False,
+            **config.chat_template_options,
         )
-    if not prompts:
-        raise ConfigError(f"{path} holds no usable prompt; give at least one row that fits the context")
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _messages(self, prompt: Any) -> list[dict[str, Any]]:
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
+        system = self._config.system_prompt
+        if system and messages[0].get("role") != "system":
+            return [{"role": "system", "content": system}, *messages]
+        return messages
+
+
+def load_prompts(reader: PromptReader) -> list[Prompt]:
+    """Read a whole set; says how many of its prompts were left out."""
+    prompts, counts = list(reader), reader.counts
+    level = logging.WARNING if counts.too_long else logging.INFO
+    log.log(level, "%s: %d prompts, skipped %d too long", reader.name, len(prompts), counts.too_long)
     return prompts
 
 
-def _load_rows(path: str, split: str) -> Any:
+def _load_rows(chosen: PromptSet, *, streaming: bool) -> Any:
     import datasets
 
+    path, split = chosen.path, chosen.split
     suffix = Path(path).suffix
     if suffix in _FORMATS and not Path(path).is_file():
         raise ConfigError(f"no prompt file at {path}; set data.path or eval.path to a file that exists")
     try:
         if suffix in _FORMATS:
-            return datasets.load_dataset(_FORMATS[suffix], data_files={split: path}, split=split)
-        return datasets.load_dataset(path, split=split)
+            return datasets.load_dataset(
+                _FORMATS[suffix], data_files={split: path}, split=split, streaming=streaming
+            )
+        if (Path(path) / "state.json").is_file():  # as `save_to_disk` writes it
+            rows = datasets.load_from_disk(path)
+            return rows.to_iterable_dataset() if streaming else rows
+        return datasets.load_dataset(path, chosen.subset, split=split, streaming=streaming)
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).splitlines() or ["it holds no rows"])[0]
-        raise ConfigError(f"cannot read prompts from {path!r}, split {split!r}: {reason}") from None
+        raise _unreadable(chosen, error) from None
 
 
-def _tokenize(prompt: Any, tokenizer: Any, chat_template: bool | None) -> list[int]:
-    use_template = chat_template if chat_template is not None else bool(tokenizer.chat_template)
-    if use_template and prompt:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    if not prompt:
-        return []
-    if not isinstance(prompt, str):
-        raise ConfigError(
-            "prompts that are lists of messages need a chat template; set data.chat_template = true"
-        )
-    return list(tokenizer(prompt)["input_ids"])
+def _rows_of(rows: Any, chosen: PromptSet) -> Iterator[dict[str, Any]]:
+    """Iterate; a set that is streamed may turn out unreadable as late as here."""
+    import datasets
+
+    try:
+        yield from rows
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise _unreadable(chosen, error) from None
 
 
-class PromptOrder:
-    """A seeded permutation of the rows for every pass over the data; index -> row, with no state to lose."""
+def _unreadable(chosen: PromptSet, error: Exception) -> ConfigError:
+    reason = (str(error).splitlines() or ["it holds no rows"])[0]
+    if Path(chosen.path).suffix == ".jsonl":
+        reason = _first_bad_line(chosen.path) or reason
+    return ConfigError(f"cannot read prompts from {chosen.path!r}, split {chosen.split!r}: {reason}")
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
-        self._prompts, self._seed = prompts, seed
-        self._pass, self._rows = -1, np.empty(0, dtype=np.int64)
 
-    def __getitem__(self, index: int) -> Prompt:
-        number, place = divmod(index, len(self._prompts))
-        if number != self._pass:
-            self._pass = number
-            self._rows = np.random.default_rng([self._seed, 2, number]).permutation(len(self._prompts))
-        return self._prompts[int(self._rows[place])]
+def _first_bad_line(path: str) -> str | None:
+    """Say which line of a file is no JSON object, None if all are."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is JSON, but no object"
+            except ValueError as error:
+                return f"line {number} is not JSON ({getattr(error, 'msg', error)})"
+    return None

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from aspo.config import Config
 from aspo.queue import TaskQueue
 from aspo.schemas import PolicyVersion, Purpose, RolloutGroup, Task
-from aspo_learner.data import Prompt, PromptOrder
 from aspo_learner.ledger import Ledger
+from aspo_learner.order import Order
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +39,10 @@ class Dispatcher:
     """Keeps the actors in training tasks, within the staleness bound."""
 
     def __init__(
-        self, queue: TaskQueue, prompts: Sequence[Prompt], config: Config, ledger: Ledger, cursor: int = 0
+        self, queue: TaskQueue, prompts: Order, config: Config, ledger: Ledger, cursor: int = 0
     ) -> None:
         self._queue, self._config, self._ledger = queue, config, ledger
-        self._prompts = PromptOrder(prompts, config.run.seed)
+        self._prompts = prompts
         # A former learner may have asked for more after its last checkpoint; its answers are ours to use.
         self.cursor = max(cursor, queue.next_index("train"))
         self.limit = (config.learner.max_staleness + 1) * config.learner.batch_prompts
@@ -106,6 +106,11 @@ class Dispatcher:
             and group.temperature == task.temperature
             and group.prompt_ids.tolist() == task.prompt_ids
         )
+
+    def source_of(self, group: RolloutGroup) -> str:
+        """The name of the data set that a training group's prompt is of."""
+        index = task_index(group.uid, self._config.run.name, "train")
+        return "" if index is None else self._prompts[index].source
 
     def _task(self, index: int, min_version: str | None = None) -> Task:
         prompt, sampling = self._prompts[index], self._config.sampling

@@ -17,7 +17,7 @@ from typing import Any
 import redis
 import torch
 
-from aspo.config import Config, ConfigError
+from aspo.config import Config, ConfigError, PromptSet
 from aspo.failpoints import reach
 from aspo.fence import Fence
 from aspo.hello import file_refs, own_hello, say
@@ -30,19 +30,20 @@ from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.checkpoint import CheckpointError, Checkpoints
-from aspo_learner.data import Prompt, load_prompts
+from aspo_learner.data import Prompt, PromptReader, load_prompts
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
 from aspo_learner.optimizer import DivergedError
+from aspo_learner.order import Prompts
 from aspo_learner.outages import Outages
 from aspo_learner.planner import Planner
 from aspo_learner.policy import Policy, pick_device
 from aspo_learner.publisher import Publisher
 from aspo_learner.releases import Releases
-from aspo_learner.report import RunHistory, describe_batch, save_batch
+from aspo_learner.report import RunHistory, describe_batch, describe_sets, save_batch
 from aspo_learner.staleness import StalenessRule
 from aspo_learner.trainer import Trainer
 
@@ -78,7 +79,8 @@ class Learner:
                 f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in "
                 f"a context of {context} tokens; lower it"
             )
-        prompts, held_out = self._load_prompts()
+        self._prompts = Prompts(config, self.policy.tokenizer, room=self._room)
+        held_out = self._load_held_out()
         self.trainer = Trainer(self.policy, config)
         self.leases = Leases()
         self._store = WeightStore(
@@ -96,7 +98,7 @@ class Learner:
         self._disk_trouble: str | None = None
         self._ledger, cursor = self._restore()
         self._publisher = self._new_publisher()
-        self._connect_queues(prompts, held_out, cursor)
+        self._connect_queues(held_out, cursor)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
@@ -186,15 +188,13 @@ class Learner:
     def _absent_s(self) -> float | None:
         return None if self._fence.trouble else self._attendance.absent_s
 
-    def _load_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
-        data, held_out = self.config.data, self.config.eval
-        tokenizer = self.policy.tokenizer
-        prompts = load_prompts(data, tokenizer, max_prompt_tokens=self._room)
+    def _load_held_out(self) -> list[Prompt]:
+        held_out = self.config.eval
         if held_out.path is None:
-            return prompts, []
-        return prompts, load_prompts(
-            data, tokenizer, max_prompt_tokens=self._room, path=held_out.path, split=held_out.split
-        )
+            return []
+        chosen = PromptSet.model_validate(held_out.model_dump(include={"path", "subset", "split", "columns"}))
+        data = self.config.data.model_copy(update={"streaming": False})
+        return load_prompts(PromptReader(data, chosen, self.policy.tokenizer, room=self._room))
 
     def _restore(self) -> tuple[Ledger, int]:
         """Continue from the newest intact checkpoint, if there is one."""
@@ -208,14 +208,14 @@ class Learner:
         log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
         return Ledger.load(state["ledger"]), state["cursor"]
 
-    def _connect_queues(self, prompts: Sequence[Prompt], held_out: Sequence[Prompt], cursor: int) -> None:
+    def _connect_queues(self, held_out: Sequence[Prompt], cursor: int) -> None:
         config, epoch = self.config, self._fence.epoch
         self._tasks = TaskQueue(
             self._redis, config.run.name, lease_s=config.redis.task_lease_s, fence=self._fence
         )
         journal = Journal(self._fence.folder / "plan.jsonl")
         cursor = max(cursor, journal.cursor)
-        self._dispatcher = Dispatcher(self._tasks, prompts, config, self._ledger, cursor)
+        self._dispatcher = Dispatcher(self._tasks, self._prompts, config, self._ledger, cursor)
         self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
         self._hello = own_hello(config, file_refs(self.policy.published_files()))
         limits = Limits(
@@ -279,6 +279,8 @@ class Learner:
         weights = [self._intake.staleness.weights(group, self._current) for group in groups]
         rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
         metrics = describe_batch(rule, groups, weights, dropped, self._current)
+        metrics |= self._prompts.metrics()
+        metrics |= describe_sets(groups, [self._dispatcher.source_of(group) for group in groups])
         lags = [rule.token_lags(group, self._current) for group in groups]
         metrics |= self._train(groups, weights, lags)
         trained = time.monotonic()

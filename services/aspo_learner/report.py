@@ -198,6 +198,16 @@ def describe_batch(
     return described | _reward_parts(groups) | staleness
 
 
+def describe_sets(groups: Sequence[RolloutGroup], sources: Sequence[str]) -> dict[str, float]:
+    """By data set, how many of the batch's groups are of it, and their mean reward."""
+    metrics: dict[str, float] = {}
+    for source in sorted(set(sources)):
+        rewards = [group.rewards for group, own in zip(groups, sources, strict=True) if own == source]
+        metrics[f"set_groups/{source}"] = float(len(rewards))
+        metrics[f"set_reward/{source}"] = float(np.concatenate(rewards).mean(dtype=np.float64))
+    return metrics
+
+
 def _reward_parts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """The mean of each part of the reward, over the samples that were scored."""
     values: dict[str, list[FloatArray]] = {}

@@ -31,6 +31,7 @@ from aspo.task_config import CodeConfig as CodeConfig
 from aspo.task_config import DataConfig as DataConfig
 from aspo.task_config import EvalConfig as EvalConfig
 from aspo.task_config import Fraction, Name, Section
+from aspo.task_config import PromptSet as PromptSet
 from aspo.task_config import RewardConfig as RewardConfig
 from aspo.task_config import RewardPart as RewardPart
 from aspo.task_config import SamplingConfig as SamplingConfig
@@ -355,6 +356,7 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
+        self.data.require_known(self.eval.columns)
         if self.auth.reader_token and not (self.auth.actor_token or self.auth.operator_token):
             raise ValueError(
                 "auth.reader_token is set alone, so no actor could fetch weights; set auth.actor_token"

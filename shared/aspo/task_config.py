@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -19,28 +20,94 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DataConfig(Section):
-    """Where prompts come from and which columns mean what."""
+class PromptSet(Section):
+    """One data set."""
 
     path: str = Field(
-        ..., min_length=1, description="A .jsonl, .json, .parquet or .csv file, or a HF dataset name."
+        ...,
+        min_length=1,
+        description="A .jsonl, .json, .parquet or .csv file, a folder or a name that `datasets` loads.",
     )
+    name: Name | None = Field(None, description="Name in the metrics; unset: the path's last part.")
+    subset: str | None = Field(None, description="Configuration of a HF data set, such as 'main'.")
     split: str = Field("train", description="Split to read.")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Its names of data.prompt_column and data.reward_columns, where they differ.",
+    )
+    weight: float = Field(1.0, gt=0, le=1e6, description="Share of the prompts, relative to other sets.")
+
+    @property
+    def label(self) -> str:
+        """The name in the metrics."""
+        return self.name or self.path.rstrip("/").rpartition("/")[2].partition(".")[0] or "data"
+
+
+class DataConfig(Section):
+    """Where prompts come from and which columns mean what: one set, or a mixture of `sets`."""
+
+    path: str | None = Field(None, min_length=1, description="The one set; see `sets`.")
+    subset: str | None = Field(None, description="Configuration of a HF data set, such as 'main'.")
+    split: str = Field("train", description="Split to read.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="The set's names of the columns below, where they differ."
+    )
+    sets: tuple[PromptSet, ...] = Field((), description="Several sets, mixed by weight, in place of the one.")
+    streaming: bool = Field(False, description="Read as training goes on, shuffled in blocks, never whole.")
+    shuffle_block: int = Field(4096, ge=1, description="Prompts shuffled together when streaming.")
     prompt_column: str = Field("prompt", description="A string, or a list of chat messages.")
     reward_columns: tuple[str, ...] = Field(("answer",), description="Columns handed to the reward function.")
+    system_prompt: str | None = Field(None, min_length=1, description="System message put before prompts.")
     chat_template: bool | None = Field(
         None, description="Render prompts with the tokenizer's chat template; unset: when it has one."
     )
+    chat_template_options: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the template, such as enable_thinking."
+    )
+    max_prompt_tokens: int | None = Field(None, ge=1, description="Longer prompts are left out, and counted.")
     overlong_prompts: Literal["error", "skip"] = Field(
         "error", description="What to do with a prompt that leaves no room for `sampling.max_tokens`."
     )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if (self.path is None) == (not self.sets):
+            raise ValueError("set either data.path or data.sets, to say where the prompts come from")
+        if self.sets and (single := {"subset", "split", "columns"} & self.model_fields_set):
+            raise ValueError(f"data.{min(single)} is for data.path; set it in each of data.sets")
+        labels = Counter(one.label for one in self.mixture)
+        if twice := [label for label, count in labels.items() if count > 1]:
+            raise ValueError(f"two of data.sets are named {twice[0]!r}; give one a name of its own")
+        for one in self.mixture:
+            self.require_known(one.columns)
+        return self
+
+    def require_known(self, columns: Iterable[str]) -> None:
+        """Raise ValueError for a column that is renamed and that nothing asks for."""
+        known = (self.prompt_column, *self.reward_columns)
+        for column in columns:
+            if column not in known:
+                raise ValueError(
+                    f"columns names {column!r}, which is neither data.prompt_column nor in "
+                    f"data.reward_columns ({', '.join(known)})"
+                )
+
+    @property
+    def mixture(self) -> tuple[PromptSet, ...]:
+        """The sets, or the one as a set."""
+        if self.path is None:
+            return self.sets
+        one = PromptSet(path=self.path, subset=self.subset, split=self.split, columns=self.columns)
+        return (one,)
 
 
 class EvalConfig(Section):
     """Held-out greedy evaluation by the actors, without stopping training."""
 
     path: str | None = Field(None, description="Prompts as in `data`; none: no evaluation.")
+    subset: str | None = Field(None, description="Configuration of a HF data set, such as 'main'.")
     split: str = Field("train", description="Split to read.")
+    columns: dict[str, str] = Field(default_factory=dict, description="As in `data`.")
     every: int = Field(20, ge=1, description="Learner steps between evaluations.")
     max_prompts: int = Field(256, ge=1, description="Prompts used during training; before and after use all.")
     stop_accuracy: Fraction | None = Field(None, description="Stop training once an evaluation reaches this.")

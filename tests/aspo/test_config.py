@@ -160,3 +160,32 @@ def test_rewards_that_contradict_themselves_are_named(
     with pytest.raises(ConfigError, match=words) as caught:
         load_config(config_file, overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (['data.sets=[{path = "a.jsonl"}]'], "set either data.path or data.sets"),
+        (["data.path=''"], "data.path"),
+        (['data.columns={prompt = "q", solution = "s"}'], "columns names 'solution', which is neither"),
+        (['eval.columns={solution = "s"}'], "columns names 'solution', which is neither"),
+    ],
+)
+def test_prompts_that_cannot_be_meant_are_named(config_file: Path, overrides: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        load_config(config_file, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mixture_is_checked_as_one_set_is(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.toml"
+    sets = '[[data.sets]]\npath = "x/a.jsonl"\n[[data.sets]]\npath = "{second}"\n'
+    text = '[model]\npath = "m"\n[data]\n{more}' + sets
+    path.write_text(text.format(more="", second="hub/b"))
+    assert [one.label for one in load_config(path).data.mixture] == ["a", "b"]
+    path.write_text(text.format(more="", second="y/a.csv"))
+    with pytest.raises(ConfigError, match=r"two of data\.sets are named 'a'"):
+        load_config(path)
+    path.write_text(text.format(more='split = "test"\n', second="b"))
+    with pytest.raises(ConfigError, match=r"data\.split is for data\.path; set it in each of data\.sets"):
+        load_config(path)

@@ -7,16 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
 from aspo.config import ConfigError, DataConfig
-from aspo_learner.data import load_prompts
+from aspo_learner.data import Prompt, PromptReader, load_prompts
 from models import char_tokenizer
 
 ROWS = [{"prompt": "12+3=", "answer": "15"}, {"prompt": "4=", "answer": "4"}]
+
+
+def load(config: DataConfig, tokenizer: Any, room: int) -> list[Prompt]:
+    return load_prompts(PromptReader(config, config.mixture[0], tokenizer, room=room))
 
 
 def write_jsonl(path: Path) -> None:
@@ -43,14 +48,14 @@ def test_files_of_every_kind_give_the_same_prompts(
     tmp_path: Path, tokenizer: Any, name: str, write: Callable[[Path], None]
 ) -> None:
     write(tmp_path / name)
-    prompts = load_prompts(DataConfig(path=str(tmp_path / name)), tokenizer, max_prompt_tokens=10)
+    prompts = load(DataConfig(path=str(tmp_path / name)), tokenizer, 10)
     assert [tokenizer.decode(p.token_ids).replace(" ", "") for p in prompts] == ["12+3=", "4="]
     assert [str(p.reward_inputs["answer"]) for p in prompts] == ["15", "4"]
 
 
 def test_a_folder_that_load_dataset_knows_will_do(tmp_path: Path, tokenizer: Any) -> None:
     write_jsonl(tmp_path / "train.jsonl")
-    assert len(load_prompts(DataConfig(path=str(tmp_path)), tokenizer, max_prompt_tokens=10)) == 2
+    assert len(load(DataConfig(path=str(tmp_path)), tokenizer, 10)) == 2
 
 
 def test_chat_messages_are_rendered_with_the_template(tmp_path: Path) -> None:
@@ -61,10 +66,47 @@ def test_chat_messages_are_rendered_with_the_template(tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "1+2"}], "answer": "3"}))
     config = DataConfig(path=str(path), prompt_column="messages")
-    [prompt] = load_prompts(config, tokenizer, max_prompt_tokens=10)
+    [prompt] = load(config, tokenizer, 10)
     assert prompt.token_ids == tokenizer("1+2=")["input_ids"]
     with pytest.raises(ConfigError, match=r"set data\.chat_template = true"):
-        load_prompts(config.model_copy(update={"chat_template": False}), tokenizer, max_prompt_tokens=10)
+        load(config.model_copy(update={"chat_template": False}), tokenizer, 10)
+
+
+def test_a_system_prompt_and_options_go_into_the_template(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '+' if m['role'] == 'system' else '' }}{{ m['content'] }}{% endfor %}"
+        "{% if thinking %}={% endif %}"
+    )
+    messages = [{"role": "system", "content": "4"}, {"role": "user", "content": "1"}]
+    rows = [{"q": "12", "a": "3"}, {"q": "5", "a": "6"}]
+    (tmp_path / "texts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"q": messages, "a": "3"}))
+    config = DataConfig(
+        path=str(tmp_path / "texts.jsonl"),
+        columns={"prompt": "q", "answer": "a"},
+        system_prompt="7",
+        chat_template_options={"thinking": True},
+    )
+    prompts = load(config, tokenizer, 10)
+    assert [p.token_ids for p in prompts] == [tokenizer(text)["input_ids"] for text in ("+712=", "+75=")]
+    assert [p.reward_inputs for p in prompts] == [{"answer": "3"}, {"answer": "6"}]
+    [prompt] = load(config.model_copy(update={"path": str(tmp_path / "chats.jsonl")}), tokenizer, 10)
+    assert prompt.token_ids == tokenizer("+41=")["input_ids"]  # its own system message stays
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_set_saved_by_the_library_will_do(tmp_path: Path, tokenizer: Any, streaming: bool) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    config = DataConfig(path=str(tmp_path / "saved"), streaming=streaming)
+    assert [p.reward_inputs["answer"] for p in load(config, tokenizer, 10)] == ["15", "4"]
+
+
+def test_a_malformed_line_far_into_a_stream_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(ROWS[0])}\n" * 2000 + "{")
+    with pytest.raises(ConfigError, match="line 2001 is not JSON"):
+        load(DataConfig(path=str(path), streaming=True), tokenizer, 10)
 
 
 def test_long_prompts_are_an_error_or_skipped_and_counted(
@@ -73,19 +115,24 @@ def test_long_prompts_are_an_error_or_skipped_and_counted(
     write_jsonl(tmp_path / "rows.jsonl")
     config = DataConfig(path=str(tmp_path / "rows.jsonl"))
     with pytest.raises(ConfigError, match="row 0: the prompt has 5 tokens, but the context leaves 3"):
-        load_prompts(config, tokenizer, max_prompt_tokens=3)
+        load(config, tokenizer, 3)
     skipping = config.model_copy(update={"overlong_prompts": "skip"})
-    assert len(load_prompts(skipping, tokenizer, max_prompt_tokens=3)) == 1
-    assert "skipped 1 of 2 prompts" in caplog.text
+    assert len(load(skipping, tokenizer, 3)) == 1
+    assert "rows: 1 prompts, skipped 1 too long" in caplog.text
     with pytest.raises(ConfigError, match="no usable prompt"):
-        load_prompts(skipping, tokenizer, max_prompt_tokens=1)
+        load(skipping, tokenizer, 1)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("", "it holds no rows"),
-        ("{not json}\n", "cannot read prompts from"),
+        ("{not json}\n", "cannot read prompts from .* line 1 is not JSON"),
+        (
+            '{"prompt": "1=", "answer": "1"}\n{"prompt": "1=", "ans\n',
+            r"line 2 is not JSON \(Invalid",
+        ),
+        ('{"prompt": "1=", "answer": "1"}\n\n[1]\n', "line 3 is JSON, but no object"),
         ('{"question": "1"}\n', "has no column 'prompt'"),
         ('{"prompt": "", "answer": "1"}\n', "row 0: the prompt is empty"),
         ('{"prompt": "1=", "answer": "1"}\n{"prompt": null, "answer": "1"}\n', "row 1: the prompt is empty"),
@@ -95,10 +142,10 @@ def test_a_broken_file_is_one_line(tmp_path: Path, tokenizer: Any, content: str,
     path = tmp_path / "rows.jsonl"
     path.write_text(content)
     with pytest.raises(ConfigError, match=words) as caught:
-        load_prompts(DataConfig(path=str(path)), tokenizer, max_prompt_tokens=10)
+        load(DataConfig(path=str(path)), tokenizer, 10)
     assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_data_set_is_one_line(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"cannot read prompts from 'nobody/nothing', split 'train'"):
-        load_prompts(DataConfig(path="nobody/nothing"), tokenizer, max_prompt_tokens=10)
+        load(DataConfig(path="nobody/nothing"), tokenizer, 10)

@@ -16,12 +16,13 @@ from aspo.config import ConfigError
 from aspo.quarantine import Quarantine
 from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
 from aspo.schemas import PolicyVersion, RolloutGroup
-from aspo_learner.data import Prompt, PromptOrder
+from aspo_learner.data import Prompt
 from aspo_learner.dispatcher import Dispatcher, task_index, task_uid
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.identity import claim_run
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
+from aspo_learner.order import PromptOrder
 from aspo_learner.policy import load_model
 from aspo_learner.staleness import StalenessRule
 from models import save_model
@@ -330,7 +331,7 @@ def test_tasks_out_never_exceed_the_staleness_bound(client: redis.Redis, run: st
         overrides=["learner.max_staleness=2", "learner.batch_prompts=3", "learner.mini_batch_prompts=3"],
     )
     queue, ledger = TaskQueue(client, run), Ledger()
-    dispatcher = Dispatcher(queue, PROMPTS, config, ledger)
+    dispatcher = Dispatcher(queue, PromptOrder(PROMPTS, config.run.seed), config, ledger)
     dispatcher.top_up(remaining_steps=100)
     assert dispatcher.outstanding == queue.depth()["train"] == 9
     dispatcher.top_up(remaining_steps=100)
@@ -351,22 +352,24 @@ def test_a_new_learner_asks_again_for_exactly_what_is_missing(
     """Also when Redis kept the tasks of a run whose folder is gone, or lost those of one that is there."""
     config = write_config(tmp_path, model="m", run=run)
     queue = TaskQueue(client, run)
-    Dispatcher(queue, PROMPTS, config, Ledger()).top_up(100)
+    Dispatcher(queue, PromptOrder(PROMPTS, config.run.seed), config, Ledger()).top_up(100)
     asked = [claim.task for claim in queue.claim("a", count=100)]
 
-    anew = Dispatcher(queue, PROMPTS, config, Ledger())
+    anew = Dispatcher(queue, PromptOrder(PROMPTS, config.run.seed), config, Ledger())
     anew.ask_again(held=())
     anew.top_up(100)
     assert [claim.task for claim in queue.claim("b", count=100)] == asked
 
     queue.finish(queue.claim("b", count=100))
-    late = Dispatcher(queue, PROMPTS, config, Ledger(), cursor=4)
+    late = Dispatcher(queue, PromptOrder(PROMPTS, config.run.seed), config, Ledger(), cursor=4)
     assert late.cursor == len(asked), "what was asked after the last checkpoint counts as asked"
 
     client.delete(f"aspo:{run}:tasks:train")
     ledger = Ledger()
     ledger.add(1)
-    resumed = Dispatcher(TaskQueue(client, run), PROMPTS, config, ledger, cursor=len(asked))
+    resumed = Dispatcher(
+        TaskQueue(client, run), PromptOrder(PROMPTS, config.run.seed), config, ledger, cursor=len(asked)
+    )
     resumed.ask_again(held={3})
     found = [claim.task for claim in queue.claim("c", count=100)]
     assert found == [task for task in asked if task.index not in (1, 3)]
@@ -444,7 +447,7 @@ def test_only_an_answer_to_the_question_counts(
     client: redis.Redis, run: str, tmp_path: Path, model: Any
 ) -> None:
     config = write_config(tmp_path, model="m", run=run)
-    dispatcher = Dispatcher(TaskQueue(client, run), PROMPTS, config, Ledger())
+    dispatcher = Dispatcher(TaskQueue(client, run), PromptOrder(PROMPTS, config.run.seed), config, Ledger())
     dispatcher.top_up(1)
     asked = TaskQueue(client, run).claim("a", count=1)[0].task
     group = make_group(model, uid=asked.uid)

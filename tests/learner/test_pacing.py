@@ -20,6 +20,7 @@ from aspo_learner.data import Prompt
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.ledger import Ledger
+from aspo_learner.order import PromptOrder
 from aspo_learner.staleness import StalenessRule
 from rollouts import make_plain_group, write_config
 
@@ -92,7 +93,7 @@ def train(
     """Run the learner's loop in ticks; yields each batch's staleness, the outstanding tasks, the intake."""
     run, learner, chance = config.run.name, config.learner, random.Random(seed)
     ledger, rule = Ledger(), StalenessRule(max_staleness=learner.max_staleness)
-    dispatcher = Dispatcher(TaskQueue(client, run), PROMPTS, config, ledger)
+    dispatcher = Dispatcher(TaskQueue(client, run), PromptOrder(PROMPTS, config.run.seed), config, ledger)
     limits = Limits(run=run, vocab_size=16, max_tokens=6, max_prompt_tokens=10, max_entry_bytes=2**20)
     intake = Intake(RolloutReader(client, run), ledger, dispatcher, limits, rule, on_eval=lambda group: None)
     actors = Actors(client, run, delays, chance)
@@ -181,7 +182,7 @@ def test_a_task_names_the_oldest_version_that_is_within_the_bound_in_its_turn(
     overrides = ["learner.max_staleness=2", "learner.batch_prompts=1", "learner.mini_batch_prompts=1"]
     config = write_config(tmp_path, model="m", run=run, overrides=overrides)
     queue = TaskQueue(client, run)
-    dispatcher = Dispatcher(queue, PROMPTS, config, Ledger())
+    dispatcher = Dispatcher(queue, PromptOrder(PROMPTS, config.run.seed), config, Ledger())
 
     def asked(step: int, live: PolicyVersion, behind: int) -> list[str | None]:
         current = PolicyVersion(epoch=2, step=step, run=run)
@@ -193,5 +194,5 @@ def test_a_task_names_the_oldest_version_that_is_within_the_bound_in_its_turn(
     assert asked(1, live, behind=0) == [f"{run}/2/1"]
     trial = PolicyVersion(epoch=1, step=7, run=run)
     queue.reset("train")
-    dispatcher = Dispatcher(queue, PROMPTS, config, Ledger())
+    dispatcher = Dispatcher(queue, PromptOrder(PROMPTS, config.run.seed), config, Ledger())
     assert asked(9, trial, behind=0) == [str(trial)] * 3, "what is not live cannot be waited for"

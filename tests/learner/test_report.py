@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from aspo.schemas import PolicyVersion
-from aspo_learner.report import describe_batch
+from aspo_learner.report import describe_batch, describe_sets
 from aspo_learner.staleness import StalenessRule
 from rollouts import make_plain_group
 
@@ -31,3 +31,15 @@ def test_each_part_of_the_reward_is_averaged_over_what_was_scored() -> None:
     assert metrics["reward_part/right"] == 2 / 3
     assert metrics["reward_part/format"] == 0.5 / 3
     assert metrics["reward_failed_fraction"] == 0.25
+
+
+def test_each_data_set_has_its_own_reward() -> None:
+    groups = [
+        make_plain_group([[("test/1/3", 2)]] * 2, rewards=rewards) for rewards in ([1, 1], [1, 0], [0.5, 0.5])
+    ]
+    assert describe_sets(groups, ["a", "b", "a"]) == {
+        "set_groups/a": 2,
+        "set_reward/a": 0.75,
+        "set_groups/b": 1,
+        "set_reward/b": 0.5,
+    }
