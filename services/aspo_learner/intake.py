@@ -15,6 +15,7 @@ from aspo.codec import CodecError, decode_group, validate_group
 from aspo.queue import Delivery, RolloutReader
 from aspo.schemas import IntArray, PolicyVersion, RolloutGroup
 from aspo_learner.dispatcher import task_index
+from aspo_learner.groups import agree
 from aspo_learner.ledger import Ledger
 from aspo_learner.staleness import StalenessRule
 
@@ -47,7 +48,8 @@ class Intake:
 
     `on_eval` gets the groups of evaluation tasks; `ended` counts, by reason, the groups not trained on. Of a
     task's answers the first counts, unless `chosen` names the entry of another; `taken` names those of the
-    batch given last. `altered` is set when a rollout no longer matched its digest, whose task is to be asked
+    batch given last. With `refill`, groups that teach nothing are dropped for others, up to so many batches
+    of them for one. `altered` is set when a rollout no longer matched its digest, whose task is to be asked
     again: once, for a second such answer ends it as any unusable one does.
     """
 
@@ -61,6 +63,7 @@ class Intake:
         *,
         on_eval: Callable[[RolloutGroup], None],
         on_lost_eval: Callable[[str], None] = lambda uid: None,
+        refill: int = 0,
     ) -> None:
         self._reader, self._ledger, self._asker, self.limits = reader, ledger, asker, limits
         self.staleness = staleness
@@ -74,6 +77,7 @@ class Intake:
         self.taken: dict[int, str] = {}
         self.ended: Counter[str] = Counter()
         self._dropped: list[IntArray] = []
+        self._refill, self._refilled = refill, list[float]()
         self._altered: set[int] = set()
         self.altered = False
 
@@ -114,6 +118,7 @@ class Intake:
         """Give `count` groups that the staleness rule admits, oldest first; None while there are too few."""
         self._drop_stale(current)
         self._ready = deque(sorted(self._ready, key=lambda item: item[0]))
+        self._drop_uninformative(self._refill * count)
         if len(self._ready) < count:
             return None
         items = [self._ready.popleft() for _ in range(count)]
@@ -131,6 +136,11 @@ class Intake:
         """The [G] response lengths of each group dropped for staleness since the last call."""
         dropped, self._dropped = self._dropped, []
         return dropped
+
+    def refilled(self) -> list[float]:
+        """The reward that all of a group got, for each group dropped as uninformative since the last call."""
+        refilled, self._refilled = self._refilled, []
+        return refilled
 
     def acknowledge(self) -> None:
         """Give up everything that has ended; call it once a durable checkpoint holds the ledger."""
@@ -214,6 +224,18 @@ class Intake:
                 self._dropped.append(group.lengths)
                 self._end(index)
         self._ready = fresh
+
+    def _drop_uninformative(self, most: int) -> None:
+        """Make room for groups that teach something; no more of them than `most` for one batch."""
+        kept: deque[tuple[int, RolloutGroup]] = deque()
+        for index, group in self._ready:
+            if len(self._refilled) < most and agree(group):
+                self.ended["uninformative"] += 1
+                self._refilled.append(float(group.rewards[0]))
+                self._end(index)
+            else:
+                kept.append((index, group))
+        self._ready = kept
 
     def _end(self, index: int) -> None:
         self._ledger.add(index)

@@ -24,7 +24,7 @@ from aspo.hello import file_refs, own_hello, say
 from aspo.http import bind
 from aspo.presence import ActorStatus, Attendance, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
-from aspo.schemas import PolicyVersion, RolloutGroup
+from aspo.schemas import FloatArray, PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
@@ -33,6 +33,7 @@ from aspo_learner.checkpoint import CheckpointError, Checkpoints
 from aspo_learner.data import Prompt, PromptReader, load_prompts
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
+from aspo_learner.groups import describe_groups, mask_truncated
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
@@ -243,6 +244,7 @@ class Learner:
             on_eval=lambda group: self._on_evaluated(group.uid, float(group.rewards.mean())),
             # An answer that cannot be used is a wrong one: asked again it would come again.
             on_lost_eval=lambda uid: self._on_evaluated(uid, config.reward.failed_score),
+            refill=config.groups.refill,
         )
         self._outages = Outages(
             config, self._redis, self._fence, self._tasks, self._dispatcher, self._evaluator, self._intake
@@ -277,11 +279,10 @@ class Learner:
         self._planner.write(self.step + 1, groups)
         self._phase = "training"
         weights = [self._intake.staleness.weights(group, self._current) for group in groups]
-        rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
-        metrics = describe_batch(rule, groups, weights, dropped, self._current)
-        metrics |= self._prompts.metrics()
-        metrics |= describe_sets(groups, [self._dispatcher.source_of(group) for group in groups])
-        lags = [rule.token_lags(group, self._current) for group in groups]
+        metrics = self._describe(groups, weights)
+        if self.config.groups.truncated == "mask":
+            weights = [mask_truncated(group, own) for group, own in zip(groups, weights, strict=True)]
+        lags = [self._intake.staleness.token_lags(group, self._current) for group in groups]
         metrics |= self._train(groups, weights, lags)
         trained = time.monotonic()
         reach("step.trained")
@@ -306,6 +307,16 @@ class Learner:
         except DivergedError as error:
             folder = save_batch(self._fence.folder / f"diverged-{self.step + 1}", batch[0])
             raise DivergedError(f"step {self.step + 1}: {error} (rollout groups in {folder})") from None
+
+    def _describe(self, groups: Sequence[RolloutGroup], weights: Sequence[FloatArray]) -> dict[str, float]:
+        """The figures of a batch before it is trained on."""
+        rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
+        return {
+            **describe_batch(rule, groups, weights, dropped, self._current),
+            **describe_groups(groups, self._intake.refilled()),
+            **describe_sets(groups, [self._dispatcher.source_of(group) for group in groups]),
+            **self._prompts.metrics(),
+        }
 
     def _wait_for_batch(self) -> list[RolloutGroup] | None:
         """Wait for a whole batch; None when told to stop."""
@@ -476,7 +487,10 @@ class Learner:
             "queue_rollouts": float(self._reader.depth()),
             "ended_stale": float(ended["stale"]),
             "ended_duplicate": float(ended["duplicate"]),
-            "ended_quarantined": float(ended.total() - ended["stale"] - ended["duplicate"]),
+            "ended_uninformative": float(ended["uninformative"]),
+            "ended_quarantined": float(
+                ended.total() - ended["stale"] - ended["duplicate"] - ended["uninformative"]
+            ),
         }
         if self._history.accuracy is not None:
             metrics["accuracy"] = self._history.accuracy

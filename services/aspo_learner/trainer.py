@@ -23,7 +23,7 @@ from torch import Tensor
 from aspo.config import Config, ConfigError, LossConfig
 from aspo.schemas import FloatArray, IntArray, RolloutGroup
 from aspo_learner import losses
-from aspo_learner.advantages import group_advantages, is_informative
+from aspo_learner.advantages import batch_advantages, is_informative
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
 from aspo_learner.optimizer import Updater
 from aspo_learner.policy import Policy
@@ -39,6 +39,7 @@ class Trainer:
     def __init__(self, policy: Policy, config: Config) -> None:
         self.policy, self._config = policy, config.learner
         self._loss_config, self._temperature = config.loss, config.sampling.temperature
+        self._estimator = config.groups.advantage
         self._loss = build_loss(config.loss)
         self._reference = copy.deepcopy(policy.model) if config.loss.kl_coefficient > 0 else None
         self.updater = Updater(policy.model.parameters(), config.learner)
@@ -61,14 +62,17 @@ class Trainer:
         1 and 0 for all. Raises DivergedError after too many gradients in a row that are not finite.
         """
         none: list[Any] = [None] * len(groups)
-        given = zip(groups, weights or none, lags or none, strict=True)
-        informative = [one for one in given if is_informative(torch.tensor(one[0].rewards))]
+        rewards = [torch.tensor(group.rewards) for group in groups]
+        advantages = batch_advantages(rewards, self._estimator)
+        informative = [
+            (group, own.tolist(), weight, lag)
+            for group, own, weight, lag in zip(groups, advantages, weights or none, lags or none, strict=True)
+            if is_informative(torch.tensor(group.rewards)) and (weight is None or weight.any())
+        ]
         sequences = [
             sequence
-            for number, (group, weight, lag) in enumerate(informative)
-            for sequence in sequences_of(
-                group, group_advantages(torch.tensor(group.rewards)).tolist(), number, weight, lag
-            )
+            for number, (group, own, weight, lag) in enumerate(informative)
+            for sequence in sequences_of(group, own, number, weight, lag)
         ]
         report = _StepReport()
         if sequences:

@@ -31,6 +31,7 @@ from aspo.task_config import CodeConfig as CodeConfig
 from aspo.task_config import DataConfig as DataConfig
 from aspo.task_config import EvalConfig as EvalConfig
 from aspo.task_config import Fraction, Name, Section
+from aspo.task_config import GroupsConfig as GroupsConfig
 from aspo.task_config import PromptSet as PromptSet
 from aspo.task_config import RewardConfig as RewardConfig
 from aspo.task_config import RewardPart as RewardPart
@@ -347,6 +348,7 @@ class Config(BaseSettings):
     eval: EvalConfig = EvalConfig()
     sampling: SamplingConfig = SamplingConfig()
     reward: RewardConfig = RewardConfig()
+    groups: GroupsConfig = GroupsConfig()
     loss: LossConfig = LossConfig()
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()

@@ -122,6 +122,23 @@ class SamplingConfig(Section):
     temperature: float = Field(1.0, ge=0.01, le=2.0, description="Applied by actor and learner alike.")
 
 
+class GroupsConfig(Section):
+    """What a group of completions teaches."""
+
+    advantage: Literal["grpo", "dr-grpo", "rloo", "reinforce++"] = Field(
+        "grpo", description="How rewards become advantages; reinforce++ is its variant with group baseline."
+    )
+    refill: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Uninformative groups are replaced, at most so many batches of them for one batch.",
+    )
+    truncated: Literal["train", "mask"] = Field(
+        "train", description="Whether completions cut at sampling.max_tokens are trained on."
+    )
+
+
 class RewardPart(Section):
     """One of several reward functions, whose weighted sum is the reward; its mean is logged by its name."""
 

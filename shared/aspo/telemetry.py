@@ -62,6 +62,9 @@ LEARNER_METRICS = {
     "stale_tokens_masked": "Tokens of the batch masked for staleness",
     "stale_tokens_decayed": "Tokens of the batch whose weight was decayed for staleness",
     "uninformative_fraction": "Share of groups whose rewards are all equal; they are not trained on",
+    "all_right_fraction": "Share of groups, those replaced included, whose rewards are the same and above 0",
+    "all_wrong_fraction": "The same of rewards that are 0 or less",
+    "refilled_groups": "Groups replaced as uninformative since the batch before",
     "reward_failed_fraction": "Share of samples whose reward function failed",
     "truncated_fraction": "Share of completions cut at max_tokens",
     "response_length": "Mean completion length, tokens",
@@ -81,6 +84,7 @@ LEARNER_METRICS = {
     "actors": "Actors alive",
     "ended_stale": "Groups dropped for staleness since the start",
     "ended_duplicate": "Groups seen twice since the start",
+    "ended_uninformative": "Groups replaced as uninformative since the start",
     "ended_quarantined": "Groups set aside as unusable since the start",
 }
 ACTOR_METRICS = {

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aspo_learner.advantages import group_advantages, is_informative
+from aspo_learner.advantages import batch_advantages, group_advantages, is_informative
 
 rewards_of_a_group = st.lists(st.floats(-2, 2), min_size=2, max_size=16)
 
@@ -36,6 +37,34 @@ def test_half_right_by_hand() -> None:
         -0.5,
         -0.5,
     ]
+
+
+@settings(deadline=None, database=None)
+@given(rewards_of_a_group)
+def test_rloo_holds_each_sample_against_the_mean_of_the_others(rewards: list[float]) -> None:
+    got = group_advantages(torch.tensor(rewards, dtype=torch.float64), estimator="rloo")
+    others = [statistics.fmean(rewards[:i] + rewards[i + 1 :]) for i in range(len(rewards))]
+    want = [r - other for r, other in zip(rewards, others, strict=True)]
+    assert got.tolist() == pytest.approx(want, rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None, database=None)
+@given(st.lists(rewards_of_a_group, min_size=1, max_size=5))
+def test_reinforce_plus_plus_is_scaled_by_the_whole_batch(groups: list[list[float]]) -> None:
+    got = batch_advantages([torch.tensor(rewards, dtype=torch.float64) for rewards in groups], "reinforce++")
+    centred = [[r - statistics.fmean(rewards) for r in rewards] for rewards in groups]
+    scale = statistics.stdev(value for group in centred for value in group) + 1e-6
+    for found, group in zip(got, centred, strict=True):
+        assert found.tolist() == pytest.approx([value / scale for value in group], rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["grpo", "dr-grpo", "rloo"])
+def test_the_other_estimators_see_one_group_at_a_time(estimator: Any) -> None:
+    groups = [torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 1.0]), torch.tensor([0.0, 3.0])]
+    got = batch_advantages(groups, estimator)
+    for found, group in zip(got, groups, strict=True):
+        assert torch.equal(found, group_advantages(group, estimator=estimator))
+    assert batch_advantages([], "reinforce++") == []
 
 
 @pytest.mark.parametrize("rewards", [[1.0] * 7, [0.0] * 2, [0.1] * 3, [-0.3] * 5, [1.0]])
@@ -64,5 +93,5 @@ def test_bad_groups_say_what_to_do() -> None:
     for rewards in (torch.zeros(2, 2), torch.zeros(0), torch.tensor(1.0)):
         with pytest.raises(ValueError, match=r"pass the \[G\] rewards"):
             group_advantages(rewards)
-    with pytest.raises(ValueError, match="use grpo"):
+    with pytest.raises(ValueError, match="use one of grpo"):
         group_advantages(torch.zeros(2), estimator="gae")  # type: ignore[arg-type]

@@ -48,7 +48,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture
 def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
     def make(
-        ledger: Ledger | None = None, on_eval: Callable[[RolloutGroup], None] = lambda group: None
+        ledger: Ledger | None = None,
+        on_eval: Callable[[RolloutGroup], None] = lambda group: None,
+        refill: int = 0,
     ) -> Intake:
         limits = Limits(
             run=run,
@@ -65,6 +67,7 @@ def new_intake(client: redis.Redis, run: str) -> Callable[..., Intake]:
             limits,
             StalenessRule(max_staleness=2),
             on_eval=on_eval,
+            refill=refill,
         )
 
     return make
@@ -101,6 +104,33 @@ def test_a_batch_is_given_once_it_is_whole_oldest_first(
     batch = intake.take(3, current(run))
     assert batch is not None
     assert [group.uid for group in batch] == [task_uid(run, "train", i) for i in range(3)]
+
+
+def test_uninformative_groups_make_room_for_others_up_to_a_bound(
+    new_intake: Callable[..., Intake], send: Callable[..., RolloutGroup], client: redis.Redis, run: str
+) -> None:
+    ledger = Ledger()
+    intake = new_intake(ledger, refill=2)
+    agreed = np.ones(4, np.float32)
+    for index in range(3):
+        send(index, rewards=agreed)
+    send(3)
+    intake.pump(current(run), 0.01)
+    assert intake.take(2, current(run)) is None  # three dropped, and their credits are free again
+    assert (len(ledger), intake.held, intake.ended["uninformative"]) == (3, {3}, 3)
+    for index in (4, 5):
+        send(index, rewards=agreed)
+    intake.pump(current(run), 0.01)
+    batch = intake.take(2, current(run))  # only four may go for a batch of two
+    assert batch is not None
+    assert [group.uid for group in batch] == [task_uid(run, "train", i) for i in (3, 5)]
+    assert intake.refilled() == [1.0] * 4
+    assert intake.refilled() == []
+    intake.acknowledge()
+    assert RolloutReader(client, run).depth() == 0
+    send(6, rewards=agreed)
+    intake.pump(current(run), 0.01)
+    assert intake.take(1, current(run)) is None  # a new batch, a new allowance
 
 
 def test_what_was_scored_by_other_rewards_is_set_aside(

@@ -87,6 +87,7 @@ def test_an_update_does_not_depend_on_the_micro_batches(small_model: Path, tmp_p
         ["loss.ratio_reference=proximal", "loss.behavior_correction=mask", "loss.correction_level=sequence"],
         ["loss.kl_coefficient=0.01", "learner.epochs=3"],
         ["loss.entropy_split_clip=true"],
+        *[[f"groups.advantage={name}"] for name in ("dr-grpo", "rloo", "reinforce++")],
         *[
             [f"loss.name={name}"]
             for name in ("no-is", "response-mean", "ratio", "grpo", "dapo", "cispo", "gspo")
@@ -131,6 +132,14 @@ def test_groups_that_teach_nothing_leave_the_weights_alone(small_model: Path, tm
     assert metrics["uninformative_fraction"] == 1
     for name, tensor in trainer.policy.model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+def test_a_group_without_a_token_to_train_on_makes_no_update(small_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(write_config(tmp_path, model=small_model))
+    groups = [make_group(trainer.policy.model, seed=seed) for seed in range(2)]
+    weights = [np.full(group.lengths.sum(), number, np.float32) for number, group in enumerate(groups)]
+    metrics = trainer.train_step(groups, weights)
+    assert (metrics["updates"], metrics["uninformative_fraction"]) == (1, 0.5)
 
 
 def test_a_fresh_batch_with_one_update_is_reported_as_inert(

@@ -1,0 +1,37 @@
+"""Which groups of a batch teach anything, and what of them is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from aspo.schemas import FloatArray, RolloutGroup
+
+
+def agree(group: RolloutGroup) -> bool:
+    """Whether all of a group got the same reward, so that there is nothing to learn from it."""
+    return bool(np.ptp(group.rewards) == 0)
+
+
+def mask_truncated(group: RolloutGroup, weights: FloatArray) -> FloatArray:
+    """Token weights [sum(lengths)] with those of completions that were cut at max_tokens set to 0.
+
+    Their rewards still count in the advantages of the others, as in DAPO (arXiv 2503.14476).
+    """
+    whole = np.array([reason != "length" for reason in group.finish_reasons])
+    return np.where(np.repeat(whole, group.lengths), weights, np.float32(0))
+
+
+def describe_groups(groups: Sequence[RolloutGroup], refilled: Sequence[float]) -> dict[str, float]:
+    """How many groups agreed on their reward: in the batch, and among those replaced, given by their rewards.
+
+    A reward above 0 counts as right.
+    """
+    same = [float(group.rewards[0]) for group in groups if agree(group)] + list(refilled)
+    arrived = len(groups) + len(refilled)
+    return {
+        "refilled_groups": float(len(refilled)),
+        "all_right_fraction": sum(reward > 0 for reward in same) / arrived,
+        "all_wrong_fraction": sum(reward <= 0 for reward in same) / arrived,
+    }
