@@ -100,6 +100,7 @@ class ToyLearner:
             Limits(run=run, vocab_size=16, max_tokens=6, max_prompt_tokens=10, max_entry_bytes=2**16),
             StalenessRule(max_staleness=config.learner.max_staleness, branch=self.step),
             on_eval=lambda group: None,
+            refill=config.groups.refill,
         )
         journal = parts.journal(folder / "plan.jsonl")
         self.planner = Planner(journal, self.intake, self.ledger, self.step)

@@ -14,12 +14,34 @@ from project import aspo_weights, learner_url, make_project, metrics_of, post, s
 from services import Service, wait_until
 
 STEPS = 24
+# The project's one set and one reward, as a mixture that is streamed and a sum of two.
+TASK = {
+    'path = "questions.parquet"\nprompt_column': """streaming = true
+shuffle_block = 8
+sets = [
+  { path = "questions.parquet" },
+  { path = "more.jsonl", columns = { messages = "text" }, weight = 0.5 },
+]
+prompt_column""",
+    'function = "my_reward:sevens"': """parts = [
+  { function = "my_reward:sevens" },
+  { function = "aspo_actor.rewards:overlong_penalty", name = "length", weight = 0.01, options.buffer = 4 },
+]""",
+}
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Path:
-    return make_project(tmp_path_factory.mktemp("project"), redis_url, run="sevens")
+    folder = make_project(tmp_path_factory.mktemp("project"), redis_url, run="sevens")
+    rows = [{"text": f"{i}+1", "wanted": "7"} for i in range(5)]
+    (folder / "more.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    config = (folder / "my.toml").read_text()
+    for plain, mixed in TASK.items():
+        assert plain in config
+        config = config.replace(plain, mixed, 1)
+    (folder / "my.toml").write_text(config)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +88,22 @@ def test_the_policy_learns_and_the_data_is_stale(
     assert summary["rollouts"] == STEPS * 4 * 8
     assert 0 <= summary["learner_idle_fraction"] < 1
     assert (project / "runs/sevens/curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_sets_are_mixed_and_the_parts_of_the_reward_are_told(
+    finished: tuple[Service, Service, Path], project: Path
+) -> None:
+    steps = metrics_of(project, "sevens")
+    for m in steps:
+        parts = m["reward_part/sevens"] + 0.01 * m["reward_part/length"]
+        assert m["reward"] == pytest.approx(parts, abs=1e-5)
+        sets = [name.partition("/")[2] for name in m if name.startswith("set_groups/")]
+        assert sum(m[f"set_groups/{name}"] for name in sets) == 4
+        shares = (m[f"set_reward/{name}"] * m[f"set_groups/{name}"] / 4 for name in sets)
+        assert sum(shares) == pytest.approx(m["reward"])
+    assert {name for m in steps for name in m if "set_" in name} == {
+        f"{metric}/{name}" for metric in ("set_groups", "set_reward") for name in ("questions", "more")
+    }
 
 
 def test_behaviour_log_probs_match_the_learners_own(

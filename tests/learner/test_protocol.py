@@ -30,7 +30,7 @@ from hypothesis.stateful import (
 )
 
 from aspo.codec import encode_group
-from aspo.config import Config
+from aspo.config import Config, GroupsConfig
 from aspo.errors import AspoError
 from aspo.fence import Fence, FencedError
 from aspo.queue import Claim, RolloutWriter, TaskQueue, connect
@@ -136,7 +136,8 @@ class Protocol(RuleBasedStateMachine):
         """Store an answer; `twice` as after a lost reply."""
         work = self.work[which % len(self.work)]
         task, self.answers = work.claim.task, self.answers + 1
-        rewards = [float(self.answers + i) for i in range(task.group_size)]
+        agreed = self.config.groups.refill > 0 and self.answers % 3 == 0  # nothing to learn: replaced
+        rewards = [float(self.answers + (0 if agreed else i)) for i in range(task.group_size)]
         spans = [[(work.version, 1)]] * task.group_size
         group = make_plain_group(spans, uid=task.uid, prompt_ids=task.prompt_ids, rewards=rewards)
         self.store(work.actor, task.uid, encode_group(group), twice=twice)
@@ -323,7 +324,7 @@ class Protocol(RuleBasedStateMachine):
         asked = [index for index in now.tasks if index not in ended and index not in waiting]
         self.require("I9", len(asked) <= bound, "more tasks are waiting than there may be")
         held = [index for index in waiting if index not in ledger]
-        bound += CHECKPOINT_EVERY * self.config.learner.batch_prompts
+        bound += CHECKPOINT_EVERY * self.config.learner.batch_prompts * (1 + self.config.groups.refill)
         self.require("I9", len(held) <= bound, "more rollouts are waiting than there may be")
 
     def check_versions(self) -> None:
@@ -415,8 +416,14 @@ def test_every_promise_is_kept(client: redis.Redis, config: Config) -> None:
     drive(client, config, Parts(), SETTINGS)
 
 
+def test_every_promise_is_kept_while_groups_are_replaced(client: redis.Redis, config: Config) -> None:
+    drive(client, config.model_copy(update={"groups": GroupsConfig(refill=1)}), Parts(), SETTINGS)
+
+
 @pytest.mark.faults
-def test_every_promise_is_kept_for_long(client: redis.Redis, config: Config) -> None:
+@pytest.mark.parametrize("refill", [0, 1])
+def test_every_promise_is_kept_for_long(client: redis.Redis, config: Config, refill: int) -> None:
+    config = config.model_copy(update={"groups": GroupsConfig(refill=refill)})
     drive(client, config, Parts(), settings(SETTINGS, max_examples=400, stateful_step_count=100))
 
 
