@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aspo.config import ConfigError, DataConfig, PromptSet
+from aspo.config import Config, ConfigError, DataConfig, PromptSet
 
 log = logging.getLogger(__name__)
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -21,11 +21,15 @@ _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "c
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One row: its token ids, the columns that the reward function gets, and the name of its set."""
+    """One row: its token ids, the columns that the reward function gets, its set's name and its place there.
+
+    `row` counts the prompts that were not left out.
+    """
 
     token_ids: list[int]
     reward_inputs: dict[str, Any]
     source: str = ""
+    row: int = 0
 
 
 @dataclass(slots=True)
@@ -64,7 +68,7 @@ class PromptReader:
                 self.counts.too_long += 1
                 continue
             inputs = {name: row[column] for name, column in self._wanted.items()}
-            yield Prompt(token_ids, inputs, self.name)
+            yield Prompt(token_ids, inputs, self.name, self.counts.read - self.counts.too_long - 1)
         if self.counts.read == self.counts.too_long:
             raise ConfigError(
                 f"{self._set.path} holds no usable prompt ({self.counts.read} rows, {self.counts.too_long} "
@@ -125,6 +129,15 @@ def load_prompts(reader: PromptReader) -> list[Prompt]:
     level = logging.WARNING if counts.too_long else logging.INFO
     log.log(level, "%s: %d prompts, skipped %d too long", reader.name, len(prompts), counts.too_long)
     return prompts
+
+
+def load_held_out(config: Config, tokenizer: Any, *, room: int) -> list[Prompt]:
+    """Read the prompts of `eval`; none without a path."""
+    if config.eval.path is None:
+        return []
+    chosen = PromptSet.model_validate(config.eval.model_dump(include={"path", "subset", "split", "columns"}))
+    data = config.data.model_copy(update={"streaming": False})
+    return load_prompts(PromptReader(data, chosen, tokenizer, room=room))
 
 
 def _load_rows(chosen: PromptSet, *, streaming: bool) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Collection
 from aspo.config import Config
 from aspo.queue import TaskQueue
 from aspo.schemas import PolicyVersion, Purpose, RolloutGroup, Task
+from aspo_learner.data import Prompt
 from aspo_learner.ledger import Ledger
 from aspo_learner.order import Order
 
@@ -107,10 +108,11 @@ class Dispatcher:
             and group.prompt_ids.tolist() == task.prompt_ids
         )
 
-    def source_of(self, group: RolloutGroup) -> str:
-        """The name of the data set that a training group's prompt is of."""
+    def prompt_of(self, group: RolloutGroup) -> Prompt:
+        """What a group that was asked for in training answers."""
         index = task_index(group.uid, self._config.run.name, "train")
-        return "" if index is None else self._prompts[index].source
+        assert index is not None, "the intake admits no other"
+        return self._prompts[index]
 
     def _task(self, index: int, min_version: str | None = None) -> Task:
         prompt, sampling = self._prompts[index], self._config.sampling

@@ -23,15 +23,15 @@ def mask_truncated(group: RolloutGroup, weights: FloatArray) -> FloatArray:
     return np.where(np.repeat(whole, group.lengths), weights, np.float32(0))
 
 
-def describe_groups(groups: Sequence[RolloutGroup], refilled: Sequence[float]) -> dict[str, float]:
-    """How many groups agreed on their reward: in the batch, and among those replaced, given by their rewards.
+def describe_groups(groups: Sequence[RolloutGroup], refilled: Sequence[RolloutGroup]) -> dict[str, float]:
+    """How many groups agreed on their reward, among those of the batch and those that were replaced.
 
     A reward above 0 counts as right.
     """
-    same = [float(group.rewards[0]) for group in groups if agree(group)] + list(refilled)
-    arrived = len(groups) + len(refilled)
+    arrived = [*groups, *refilled]
+    same = [float(group.rewards[0]) for group in arrived if agree(group)]
     return {
         "refilled_groups": float(len(refilled)),
-        "all_right_fraction": sum(reward > 0 for reward in same) / arrived,
-        "all_wrong_fraction": sum(reward <= 0 for reward in same) / arrived,
+        "all_right_fraction": sum(reward > 0 for reward in same) / len(arrived),
+        "all_wrong_fraction": sum(reward <= 0 for reward in same) / len(arrived),
     }

@@ -77,7 +77,7 @@ class Intake:
         self.taken: dict[int, str] = {}
         self.ended: Counter[str] = Counter()
         self._dropped: list[IntArray] = []
-        self._refill, self._refilled = refill, list[float]()
+        self._refill, self._refilled = refill, list[RolloutGroup]()
         self._altered: set[int] = set()
         self.altered = False
 
@@ -137,8 +137,8 @@ class Intake:
         dropped, self._dropped = self._dropped, []
         return dropped
 
-    def refilled(self) -> list[float]:
-        """The reward that all of a group got, for each group dropped as uninformative since the last call."""
+    def refilled(self) -> list[RolloutGroup]:
+        """The groups dropped as uninformative since the last call."""
         refilled, self._refilled = self._refilled, []
         return refilled
 
@@ -231,7 +231,7 @@ class Intake:
         for index, group in self._ready:
             if len(self._refilled) < most and agree(group):
                 self.ended["uninformative"] += 1
-                self._refilled.append(float(group.rewards[0]))
+                self._refilled.append(group)
                 self._end(index)
             else:
                 kept.append((index, group))

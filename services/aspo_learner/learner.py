@@ -17,7 +17,7 @@ from typing import Any
 import redis
 import torch
 
-from aspo.config import Config, ConfigError, PromptSet
+from aspo.config import Config, ConfigError
 from aspo.failpoints import reach
 from aspo.fence import Fence
 from aspo.hello import file_refs, own_hello, say
@@ -30,7 +30,7 @@ from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.checkpoint import CheckpointError, Checkpoints
-from aspo_learner.data import Prompt, PromptReader, load_prompts
+from aspo_learner.data import Prompt, load_held_out
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.groups import describe_groups, mask_truncated
@@ -80,8 +80,8 @@ class Learner:
                 f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in "
                 f"a context of {context} tokens; lower it"
             )
-        self._prompts = Prompts(config, self.policy.tokenizer, room=self._room)
-        held_out = self._load_held_out()
+        self._prompts = Prompts(config, self.policy.tokenizer, room=self._room, folder=fence.folder)
+        held_out = load_held_out(config, self.policy.tokenizer, room=self._room)
         self.trainer = Trainer(self.policy, config)
         self.leases = Leases()
         self._store = WeightStore(
@@ -189,14 +189,6 @@ class Learner:
     def _absent_s(self) -> float | None:
         return None if self._fence.trouble else self._attendance.absent_s
 
-    def _load_held_out(self) -> list[Prompt]:
-        held_out = self.config.eval
-        if held_out.path is None:
-            return []
-        chosen = PromptSet.model_validate(held_out.model_dump(include={"path", "subset", "split", "columns"}))
-        data = self.config.data.model_copy(update={"streaming": False})
-        return load_prompts(PromptReader(data, chosen, self.policy.tokenizer, room=self._room))
-
     def _restore(self) -> tuple[Ledger, int]:
         """Continue from the newest intact checkpoint, if there is one."""
         state = self._checkpoints.load(self.policy.model, self.trainer.optimizer)
@@ -206,6 +198,7 @@ class Learner:
         self.step = state["step"]
         self.trainer.load_state(state["trainer"])
         self._history.load_state(state["history"])
+        self._prompts.load_state(state.get("prompts", {}))
         log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
         return Ledger.load(state["ledger"]), state["cursor"]
 
@@ -279,11 +272,14 @@ class Learner:
         self._planner.write(self.step + 1, groups)
         self._phase = "training"
         weights = [self._intake.staleness.weights(group, self._current) for group in groups]
-        metrics = self._describe(groups, weights)
+        refilled = self._intake.refilled()
+        metrics = self._describe(groups, weights, refilled)
         if self.config.groups.truncated == "mask":
             weights = [mask_truncated(group, own) for group, own in zip(groups, weights, strict=True)]
         lags = [self._intake.staleness.token_lags(group, self._current) for group in groups]
         metrics |= self._train(groups, weights, lags)
+        answered = (*groups, *refilled)
+        self._prompts.observe((self._dispatcher.prompt_of(group), group.rewards) for group in answered)
         trained = time.monotonic()
         reach("step.trained")
         self.step += 1
@@ -308,13 +304,18 @@ class Learner:
             folder = save_batch(self._fence.folder / f"diverged-{self.step + 1}", batch[0])
             raise DivergedError(f"step {self.step + 1}: {error} (rollout groups in {folder})") from None
 
-    def _describe(self, groups: Sequence[RolloutGroup], weights: Sequence[FloatArray]) -> dict[str, float]:
+    def _describe(
+        self,
+        groups: Sequence[RolloutGroup],
+        weights: Sequence[FloatArray],
+        refilled: Sequence[RolloutGroup],
+    ) -> dict[str, float]:
         """The figures of a batch before it is trained on."""
         rule, dropped = self._intake.staleness, self._intake.dropped_lengths()
         return {
             **describe_batch(rule, groups, weights, dropped, self._current),
-            **describe_groups(groups, self._intake.refilled()),
-            **describe_sets(groups, [self._dispatcher.source_of(group) for group in groups]),
+            **describe_groups(groups, refilled),
+            **describe_sets(groups, [self._dispatcher.prompt_of(group).source for group in groups]),
             **self._prompts.metrics(),
         }
 
@@ -445,6 +446,7 @@ class Learner:
             "trainer": self.trainer.state(),
             "ledger": self._ledger.state(),
             "cursor": self._dispatcher.cursor,
+            "prompts": self._prompts.state(),
             "history": self._history.state(),
         }
         try:

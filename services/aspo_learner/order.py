@@ -1,23 +1,26 @@
 """The order in which training asks for prompts: from an index to a prompt, the same after every restart.
 
-    prompts = Prompts(config, tokenizer, room=room)
+    prompts = Prompts(config, tokenizer, room=room, folder=folder)
     prompts[index]                          # the only state is the index, which the checkpoint holds
 
-A set in memory is permuted anew for every pass, a streamed one in blocks; a mixture draws for every index
-which set it comes from.
+A set in memory is permuted anew for every pass, a streamed one in blocks; under a curriculum its rows are
+drawn by how they fare. A mixture draws for every index which set it comes from.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from aspo.config import Config
+from aspo.schemas import FloatArray
+from aspo_learner.curriculum import Curriculum
 from aspo_learner.data import Prompt, PromptReader, load_prompts
 
 _DRAWS = 1024  # of a mixture, made at once
@@ -123,8 +126,9 @@ class Mixture:
 class Prompts:
     """The order of all prompts that a config names, and what was left out of each set."""
 
-    def __init__(self, config: Config, tokenizer: Any, *, room: int) -> None:
+    def __init__(self, config: Config, tokenizer: Any, *, room: int, folder: Path) -> None:
         data = config.data
+        self._curricula: dict[str, Curriculum] = {}
         self._readers = [PromptReader(data, one, tokenizer, room=room) for one in data.mixture]
         window = (config.learner.max_staleness + 1) * config.learner.batch_prompts
         orders: list[Order] = []
@@ -134,6 +138,11 @@ class Prompts:
                     reader, config.run.seed, block=data.shuffle_block, window=window, number=number
                 )
                 orders.append(streamed)
+            elif data.curriculum:
+                path = folder / f"curriculum-{reader.name}.jsonl"
+                seed, block = (config.run.seed, 5, number), config.learner.batch_prompts
+                self._curricula[reader.name] = Curriculum(load_prompts(reader), seed, block, path)
+                orders.append(self._curricula[reader.name])
             else:
                 orders.append(PromptOrder(load_prompts(reader), config.run.seed, number))
         shares = [one.weight for one in data.mixture]
@@ -143,6 +152,24 @@ class Prompts:
 
     def __getitem__(self, index: int) -> Prompt:
         return self._order[index]
+
+    def observe(self, answers: Iterable[tuple[Prompt, FloatArray]]) -> None:
+        """Tell the curriculum, if there is one, the rewards [G] of prompts; above 0 is right."""
+        for prompt, rewards in answers if self._curricula else ():
+            self._curricula[prompt.source].observe(prompt.row, float((rewards > 0).mean()))
+
+    def state(self) -> dict[str, dict[str, float]]:
+        """What a checkpoint must hold beside the cursor: solve rates by set and row."""
+        return {
+            name: {str(row): rate for row, rate in curriculum.rates.items()}
+            for name, curriculum in self._curricula.items()
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue from what `state` returned; rows that are no longer there are forgotten."""
+        for name, curriculum in self._curricula.items():
+            rates = {int(row): rate for row, rate in state.get(name, {}).items()}
+            curriculum.rates = {row: rate for row, rate in rates.items() if row < len(curriculum)}
 
     def metrics(self) -> dict[str, float]:
         """By set, the rows read, and those left out for their length; of a streamed set, in this pass."""

@@ -55,6 +55,9 @@ class DataConfig(Section):
     sets: tuple[PromptSet, ...] = Field((), description="Several sets, mixed by weight, in place of the one.")
     streaming: bool = Field(False, description="Read as training goes on, shuffled in blocks, never whole.")
     shuffle_block: int = Field(4096, ge=1, description="Prompts shuffled together when streaming.")
+    curriculum: bool = Field(
+        False, description="Ask more often for prompts that are sometimes solved; see docs/tasks.md."
+    )
     prompt_column: str = Field("prompt", description="A string, or a list of chat messages.")
     reward_columns: tuple[str, ...] = Field(("answer",), description="Columns handed to the reward function.")
     system_prompt: str | None = Field(None, min_length=1, description="System message put before prompts.")
@@ -75,6 +78,8 @@ class DataConfig(Section):
             raise ValueError("set either data.path or data.sets, to say where the prompts come from")
         if self.sets and (single := {"subset", "split", "columns"} & self.model_fields_set):
             raise ValueError(f"data.{min(single)} is for data.path; set it in each of data.sets")
+        if self.curriculum and self.streaming:
+            raise ValueError("data.curriculum needs the whole set; unset it or data.streaming")
         labels = Counter(one.label for one in self.mixture)
         if twice := [label for label, count in labels.items() if count > 1]:
             raise ValueError(f"two of data.sets are named {twice[0]!r}; give one a name of its own")

@@ -167,6 +167,7 @@ def test_rewards_that_contradict_themselves_are_named(
     [
         (['data.sets=[{path = "a.jsonl"}]'], "set either data.path or data.sets"),
         (["data.path=''"], "data.path"),
+        (["data.curriculum=true", "data.streaming=true"], "data.curriculum needs the whole set"),
         (['data.columns={prompt = "q", solution = "s"}'], "columns names 'solution', which is neither"),
         (['eval.columns={solution = "s"}'], "columns names 'solution', which is neither"),
     ],

@@ -15,7 +15,7 @@ def test_groups_of_one_mind_are_counted_by_what_they_agree_on() -> None:
     groups = [make_plain_group([[("r/1/0", 2)]] * 2, rewards=own) for own in rewards]
     groups[2] = dataclasses.replace(groups[2], rewards=np.zeros(2, np.float32))
     assert [agree(group) for group in groups] == [True, True, True, True, False]
-    assert describe_groups(groups, [1.0, 0.0, 0.0]) == {
+    assert describe_groups(groups, [groups[0], groups[2], groups[2]]) == {
         "refilled_groups": 3,
         "all_right_fraction": 3 / 8,
         "all_wrong_fraction": 4 / 8,

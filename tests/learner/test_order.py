@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aspo.config import Config, ConfigError
+from aspo_learner.curriculum import Curriculum
 from aspo_learner.data import Prompt
 from aspo_learner.order import Mixture, Order, PromptOrder, Prompts, StreamedOrder
 from models import char_tokenizer
@@ -116,10 +117,10 @@ def make_config(tmp_path: Path) -> Callable[..., Config]:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_sets_of_a_config_are_mixed_filtered_and_counted(
-    make_config: Callable[..., Config], streaming: bool
+    make_config: Callable[..., Config], tmp_path: Path, streaming: bool
 ) -> None:
     config = make_config(streaming=streaming, shuffle_block=4)
-    prompts = Prompts(config, char_tokenizer(), room=10)
+    prompts = Prompts(config, char_tokenizer(), room=10, folder=tmp_path)
     drawn = [prompts[index] for index in range(60)]
     assert {prompt.source for prompt in drawn} == {"sums", "t"}
     assert {len(prompt.token_ids) for prompt in drawn} == {2, 4}
@@ -130,7 +131,7 @@ def test_sets_of_a_config_are_mixed_filtered_and_counted(
         "prompts_read/t": 6,
         "prompts_skipped/t": 2,
     }
-    again = Prompts(config, char_tokenizer(), room=10)
+    again = Prompts(config, char_tokenizer(), room=10, folder=tmp_path)
     assert [again[index] for index in range(40, 60)] == drawn[40:]
 
 
@@ -147,11 +148,55 @@ def test_sets_of_a_config_are_mixed_filtered_and_counted(
     ],
 )
 def test_sets_that_cannot_be_used_are_named_at_the_start(
-    make_config: Callable[..., Config], data: dict[str, Any], words: str, streaming: bool
+    make_config: Callable[..., Config], tmp_path: Path, data: dict[str, Any], words: str, streaming: bool
 ) -> None:
     if "prompt_column" in data:
         config = make_config(streaming=streaming)
         only = config.data.sets[0].model_dump()
         data = data | {"sets": [only]}
     with pytest.raises(ConfigError, match=words):
-        Prompts(make_config(streaming=streaming, **data), char_tokenizer(), room=10)
+        Prompts(make_config(streaming=streaming, **data), char_tokenizer(), room=10, folder=tmp_path)
+
+
+def curriculum(folder: Path, count: int = 60, block: int = 10) -> Curriculum:
+    return Curriculum(prompts_of(count), (7,), block, folder / "curriculum.jsonl")
+
+
+def test_a_curriculum_turns_to_what_is_sometimes_solved(tmp_path: Path) -> None:
+    order = curriculum(tmp_path)
+    assert all(len(set(ids(order, range(start, start + 10)))) == 10 for start in range(0, 200, 10))
+    for row in range(60):
+        order.observe(row, [0.0, 0.5, 1.0][row % 3])
+    rows = ids(order, range(1000, 7000))
+    shares = [sum(row % 3 == kind for row in rows) / len(rows) for kind in range(3)]
+    # Without replacement in a block the shares are a little nearer each other than the weights 1 : 6 : 1.
+    assert 0.6 < shares[1] < 0.75
+    assert shares[0] == pytest.approx(shares[2], abs=0.03)
+
+
+def test_what_a_curriculum_has_asked_it_asks_again(tmp_path: Path) -> None:
+    asked = ids(curriculum(tmp_path), range(35))
+    again = curriculum(tmp_path)
+    again.observe(3, 1.0)  # measured since, and of no account for what was decided
+    assert ids(again, range(35)) == asked
+    path = tmp_path / "curriculum.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])  # a crash in the middle of the fourth line
+    assert ids(curriculum(tmp_path), range(30)) == asked[:30]
+    assert len(path.read_text().splitlines()) == 3
+    assert ids(curriculum(tmp_path, count=8, block=4), range(8)) != asked[:8]  # another set: begun anew
+
+
+def test_solve_rates_are_a_moving_mean_and_part_of_a_checkpoint(
+    make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = make_config(curriculum=True)
+    prompts = Prompts(config, char_tokenizer(), room=10, folder=tmp_path)
+    easy = next(prompt for index in range(100) if (prompt := prompts[index]).source == "sums")
+    for rewards in ([1.0, 0.0], [1.0, 1.0]):
+        prompts.observe([(easy, np.array(rewards, np.float32))])
+    state = json.loads(json.dumps(prompts.state()))
+    assert state == {"sums": {str(easy.row): 0.75}, "t": {}}
+    again = Prompts(config, char_tokenizer(), room=10, folder=tmp_path)
+    again.load_state(state | {"t": {"10000": 0.5}})
+    assert again.state() == state
+    assert [again[i] for i in range(100)] == [prompts[i] for i in range(100)]
