@@ -174,7 +174,7 @@ class CodeConfig(Section):
     memory_mib: int = Field(512, ge=64, description="Address space of each of its processes.")
     processes: int = Field(8, ge=1, description="Processes and threads, the first included.")
     files_mib: int = Field(16, ge=1, description="Its files together; it has nowhere else to write.")
-    output_kib: int = Field(256, ge=1, description="Standard output; one that says more is ended.")
+    output_kib: int = Field(256, ge=1, description="Standard output that is read; more is dropped.")
 
 
 class RewardConfig(Section):

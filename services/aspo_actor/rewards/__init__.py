@@ -101,10 +101,11 @@ def code_tests(
     passed = 0
     for test in tests:
         result = sandbox.run(program, test["input"])
-        passed += result.fault is None and _lines(result.output) == _lines(test["output"])
-        if not passed and not partial:
-            break
-    return passed / len(tests) if partial else float(passed == len(tests))
+        right = result.fault is None and _lines(result.output) == _lines(test["output"])
+        if not right and not partial:
+            return 0.0
+        passed += right
+    return passed / len(tests)
 
 
 def _survives(program: str, tests: str, sandbox: Sandbox) -> bool:
