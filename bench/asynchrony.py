@@ -34,7 +34,7 @@ from aspo.queue import connect
 from aspo.schemas import PolicyVersion, VersionSpan
 from aspo.weights.client import Mirror, VersionGone, WeightClient
 from aspo.weights.manifest import WeightsError
-from aspo_actor.engine import Completion
+from aspo_actor.completion import Completion
 from aspo_actor.rewards.scorer import Scores
 from aspo_actor.worker import Worker
 from aspo_cli import demo_model

@@ -25,14 +25,15 @@ from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aspo.config import ConfigError, EngineConfig
 from aspo.errors import AspoError
-from aspo.schemas import FloatArray, IntArray, VersionSpan
+from aspo.schemas import FloatArray, VersionSpan
 from aspo_actor.channel import Channel
+from aspo_actor.completion import Completion
 from aspo_actor.engine_settings import (
     check_request,
     import_vllm,
@@ -63,21 +64,6 @@ class WeightsRefusedError(AspoError, ValueError):
 
 class _NotFiniteError(EngineError):
     """Log-probs that no sound weights give."""
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class Completion:
-    """One sampled continuation.
-
-    Shapes: token_ids, logprobs [T], the end-of-sequence token included when it was drawn; log-probs in nats.
-    `spans` cover the T tokens; `text` leaves special tokens out.
-    """
-
-    token_ids: IntArray
-    logprobs: FloatArray
-    spans: tuple[VersionSpan, ...]
-    finish_reason: Literal["stop", "length"]
-    text: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
-from aspo_actor.engine import Completion, EngineError, RolloutEngine
+from aspo_actor.completion import Completion
+from aspo_actor.engine import EngineError, RolloutEngine
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync

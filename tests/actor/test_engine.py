@@ -22,7 +22,8 @@ from transformers import Qwen3ForCausalLM
 
 from aspo.config import EngineConfig
 from aspo_actor import engine_settings
-from aspo_actor.engine import Completion, EngineError, RolloutEngine, WeightsRefusedError
+from aspo_actor.completion import Completion
+from aspo_actor.engine import EngineError, RolloutEngine, WeightsRefusedError
 from aspo_actor.patch import write_patch
 from models import char_tokenizer, save_model
 

@@ -19,7 +19,8 @@ from aspo.config import Config, RewardConfig
 from aspo.presence import ActorStatus, announce, present, withdraw
 from aspo.queue import RolloutReader, TaskQueue
 from aspo.schemas import Task, VersionSpan
-from aspo_actor.engine import Completion, EngineError
+from aspo_actor.completion import Completion
+from aspo_actor.engine import EngineError
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.worker import Worker
 from rollouts import write_config
