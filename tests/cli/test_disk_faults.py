@@ -65,7 +65,9 @@ def test_a_learner_told_to_stop_does_not_wait_for_disk(
         ends_well(project, project.learner(), client, undisturbed)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "state/plan.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["state/plan.jsonl", pytest.param("metrics.jsonl", marks=pytest.mark.faults)]
+)
 def test_a_full_disk_under_a_log_of_the_run_ends_the_learner_plainly(
     project: Project, undisturbed: Outcome, client: redis.Redis, redis_url: str, name: str
 ) -> None:
