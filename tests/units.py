@@ -176,7 +176,7 @@ def told_secrets(folder: Path) -> Iterator[str]:
         if re.search(r"://[^\s/@]*:[^\s/@]+@|(?m:^Environment=.*(?:TOKEN|PASSWORD)=)", text):
             yield f"{role} tells a secret"
         loaded = set(re.findall(r"^LoadCredential=(\w+):", text, re.MULTILINE))
-        if loaded != set(re.findall(r"=%d/(\w+)", text)):
+        if loaded != set(re.findall(r"[= ]%d/(\w+)", text)):
             yield f"{role} is handed {loaded}, and reads others"
         if not re.search(r"^EnvironmentFile=/", text, re.MULTILINE):
             yield f"{role} knows no Redis, or no learner"

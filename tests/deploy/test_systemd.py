@@ -34,6 +34,8 @@ MUTANTS: tuple[tuple[Check, str, str, str], ...] = (
     (units.told_secrets, "learner", "USER=aspo\n", "USER=aspo ASPO_REDIS__URL=redis://a:b@c:1/0\n"),
     (units.told_secrets, "actor", "LoadCredential=actor_token:/etc/aspo/tokens/actor_token\n", ""),
     (units.told_secrets, "relay", "EnvironmentFile=/", "#EnvironmentFile=/"),
+    (units.told_secrets, "relay", " --token-file %d/actor_token", ""),
+    (units.wrong_commands, "relay", "--token-file", "--tokens"),
 )
 needs_systemd = pytest.mark.skipif(not HAS_SYSTEMD, reason="systemd-analyze is not installed")
 
