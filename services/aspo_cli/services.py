@@ -70,6 +70,10 @@ def run_learner(path: Path, overrides: list[str]) -> None:
     _leave_on_sigterm()
     setup_logging()
     config = load_config(path, overrides)
+    if os.environ.get("RANK", "0") != "0":  # torchrun has started it beside the learner itself
+        from aspo_learner.follower import follow
+
+        return follow(config)
     require("learner", config)
     with _disk_faults(config.run.path):
         with _denials():

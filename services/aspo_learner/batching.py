@@ -97,21 +97,37 @@ def sequences_of(
 
 
 def micro_batches(
-    sequences: Sequence[TrainingSequence], indices: Sequence[int], *, max_tokens: int, device: torch.device
+    sequences: Sequence[TrainingSequence],
+    indices: Sequence[int],
+    *,
+    max_tokens: int,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[MicroBatch]:
-    """Pack the chosen sequences, longest first, into batches of about equal size under `max_tokens`."""
-    lengths = [len(sequences[i]) for i in indices]
-    for part in equal_parts(lengths, max_tokens):
+    """Pack the chosen sequences, longest first, into batches of about equal size under `max_tokens`.
+
+    Of several ranks each gets its share, as many as any other, if need be with nothing to train on.
+    """
+    parts = equal_parts([len(sequences[i]) for i in indices], max_tokens, ranks)
+    parts += [[]] * (-len(parts) % ranks)
+    for part in parts[rank::ranks]:
         chosen = [indices[i] for i in part]
-        yield collate([sequences[i] for i in chosen], chosen, device)
+        yield collate([sequences[i] for i in chosen] or [_nothing()], chosen, device)
 
 
-def equal_parts(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def _nothing() -> TrainingSequence:
+    """A sequence without a token to train on, for a rank that must take part in a pass all the same."""
+    token, weight = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32)
+    return TrainingSequence(token, token, weight, weight, token, 0.0, -1)
+
+
+def equal_parts(lengths: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
     """Part sequences into as few runs of about equally many tokens as `max_tokens` allows, longest first.
 
-    A sequence longer than `max_tokens` is a part of its own.
+    A sequence longer than `max_tokens` is a part of its own. As far as that goes, they are a multiple.
     """
-    count = max(1, math.ceil(sum(lengths) / max_tokens))
+    count = max(1, math.ceil(sum(lengths) / max_tokens / multiple)) * multiple
     share, parts, taken = sum(lengths) / count, [list[int]()], 0
     room = max_tokens
     for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):

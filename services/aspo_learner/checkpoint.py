@@ -3,6 +3,10 @@
 A checkpoint is a folder `step-N-K`, the K-th of its step: safetensors and JSON with their digests, written
 beside, synced and renamed. Loading verifies every digest first and falls back to the newest that is intact.
 One that cannot be written leaves nothing behind.
+
+Of several ranks each writes its parts of the tensors, in the safetensors that torch.distributed.checkpoint
+(DCP) reads and lays out anew for any other number of ranks. Its writer is left out: it holds a second copy of
+all it writes, and its ranks talk to each other in pickles.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +27,15 @@ import torch
 from blake3 import blake3
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from aspo.config import ConfigError
 from aspo.errors import AspoError
 from aspo.failpoints import reach
+from aspo_learner.ranks import ALONE, Load, Ranks, Save, Verify
 
 log = logging.getLogger(__name__)
 _DIGESTS = "digests.json"
@@ -40,8 +50,8 @@ class CheckpointError(AspoError):
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        self._folder, self._keep = folder, keep
+    def __init__(self, folder: Path, *, keep: int, ranks: Ranks = ALONE) -> None:
+        self._folder, self._keep, self._ranks = folder, keep, ranks
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):
             shutil.rmtree(left, ignore_errors=True)
@@ -57,9 +67,9 @@ class Checkpoints:
             with tempfile.TemporaryDirectory(
                 dir=self._folder, prefix=".partial-", ignore_cleanup_errors=True
             ) as partial:
-                _write(Path(partial), step, model, optimizer, state)
+                self._write(Path(partial), step, model, optimizer, state)
                 return self._put_in_place(Path(partial), step)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise CheckpointError(
                 f"the checkpoint of step {step} cannot be written to {self._folder} ({error}); free some disk"
             ) from error
@@ -67,26 +77,54 @@ class Checkpoints:
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
         """Restore the newest intact checkpoint in place and return its state; None if there is none."""
         for folder in reversed(self._all()):
-            fault = _fault(folder)
+            fault = self._fault(folder)
             if fault:
                 log.error("checkpoint %s is damaged (%s); trying the one before", folder.name, fault)
                 # Out of the way, lest it count as one of those to keep.
                 folder.rename(folder.with_name(f".damaged-{folder.name}-{time.time_ns()}"))
                 continue
-            with torch.no_grad():
-                saved = safetensors.torch.load_file(folder / "model.safetensors")
-                for name, parameter in model.named_parameters():
-                    if name not in saved or saved[name].shape != parameter.shape:
-                        raise ConfigError(
-                            f"{folder} is of another model ({name} differs); choose another run.name, or set "
-                            "model.path back"
-                        )
-                    parameter.copy_(saved[name])
-            _unflatten(safetensors.torch.load_file(folder / "optimizer.safetensors"), optimizer, model)
+            _require_same(folder, model)
+            self._ranks.announce(Load(str(folder.absolute())))
+            read_part(folder, model, optimizer)
             state: dict[str, Any] = json.loads((folder / "state.json").read_text())
             rng = bytearray(base64.b64decode(state.pop("torch_rng")))
             torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
             return state
+        return None
+
+    def _write(
+        self,
+        folder: Path,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+    ) -> None:
+        """Write a checkpoint's files, and see them on the disk; raises OSError if a rank could not."""
+        self._ranks.announce(Save(str(folder.absolute())))
+        written = _merge(self._ranks.gather(write_part(folder, model, optimizer, self._ranks)))
+        state = state | {
+            "step": step,
+            "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+        }
+        (folder / "state.json").write_text(json.dumps(state))
+        digests = written | {"state.json": _digest(folder / "state.json")}
+        (folder / _DIGESTS).write_text(json.dumps(digests))
+        reach("checkpoint.manifest")
+        for path in (folder / "state.json", folder / _DIGESTS, folder):
+            _sync(path)
+
+    def _fault(self, folder: Path) -> str | None:
+        """Say what is wrong with a checkpoint's files, some of them by each rank; None if nothing is."""
+        try:
+            digests = json.loads((folder / _DIGESTS).read_text())
+        except (OSError, ValueError) as error:
+            return str(error)
+        self._ranks.announce(Verify(str(folder.absolute()), digests))
+        try:
+            _merge(self._ranks.gather(verify_part(folder, digests, self._ranks)))
+        except OSError as error:
+            return str(error)
         return None
 
     def _put_in_place(self, partial: Path, step: int) -> Path:
@@ -108,35 +146,95 @@ class Checkpoints:
         return sorted(self._folder.glob("step-*"))
 
 
-def _write(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    """Write a checkpoint's files, and see them on the disk."""
-    safetensors.torch.save_file(dict(model.named_parameters()), folder / "model.safetensors")
-    reach("checkpoint.shard")
-    safetensors.torch.save_file(_flatten(optimizer, model), folder / "optimizer.safetensors")
-    state = state | {
-        "step": step,
-        "torch_rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-    }
-    (folder / "state.json").write_text(json.dumps(state))
-    digests = {path.name: _digest(path) for path in sorted(folder.iterdir())}
-    (folder / _DIGESTS).write_text(json.dumps(digests))
-    reach("checkpoint.manifest")
-    for path in (*folder.iterdir(), folder):
-        _sync(path)
-
-
-def _fault(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint's files, None if they are as written."""
+def write_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> bytes:
+    """Write this rank's parts of all tensors durably; the reply says their digests, or what went wrong."""
+    if not ranks.keeps_first_copy:
+        return _reply(digests={})
+    end = ".safetensors" if ranks.size == 1 else f"-{ranks.rank:05}-of-{ranks.size:05}.safetensors"
+    files = [folder / f"{kind}{end}" for kind in ("model", "optimizer")]
     try:
-        digests = json.loads((folder / _DIGESTS).read_text())
-        for name, digest in digests.items():
-            if _digest(folder / name) != digest:
-                return f"{name} does not match its digest"
-    except (OSError, ValueError) as error:
-        return str(error)
-    return None
+        _save_file(dict(model.named_parameters()), files[0], first=ranks.leads)
+        reach("checkpoint.shard")
+        _save_file(_flatten(optimizer, model), files[1], first=ranks.leads)
+        digests = {file.name: _digest(file) for file in files}
+        for file in files:
+            _sync(file)
+    except (OSError, SafetensorError) as error:
+        return _reply(error=f"{error}" if ranks.size == 1 else f"rank {ranks.rank}: {error}")
+    return _reply(digests=digests)
+
+
+def verify_part(folder: Path, digests: dict[str, str], ranks: Ranks) -> bytes:
+    """Hold this rank's share of a checkpoint's files against their digests; the reply says what is wrong."""
+    try:
+        for name in sorted(digests)[ranks.rank :: ranks.size]:
+            if _digest(folder / name) != digests[name]:
+                return _reply(error=f"{name} does not match its digest")
+    except OSError as error:
+        return _reply(error=str(error))
+    return _reply()
+
+
+@torch.no_grad()
+def read_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Read this rank's parts of all tensors in place, however many ranks have written them."""
+    reader, planner = HuggingFaceStorageReader(str(folder)), DefaultLoadPlanner()
+    metadata = reader.read_metadata()
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    targets = parameters.copy()
+    optimizer.state.clear()
+    for key in metadata.state_dict_metadata:
+        name, _, moment = key.rpartition("|")
+        if name:
+            like = parameters[name]
+            targets[key] = torch.zeros((), device=like.device) if moment == "step" else torch.zeros_like(like)
+            optimizer.state[like][moment] = targets[key]
+    planner.set_up_planner(targets, metadata, is_coordinator=True)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    plan = reader.prepare_local_plan(planner.create_local_plan())
+    reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+def _require_same(folder: Path, model: nn.Module) -> None:
+    """Raise ConfigError unless the checkpoint is of a model of the same shapes."""
+    saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    for name, parameter in model.named_parameters():
+        found = saved.get(name)
+        if not isinstance(found, TensorStorageMetadata) or found.size != parameter.shape:
+            raise ConfigError(
+                f"{folder} is of another model ({name} differs); choose another run.name, or set "
+                "model.path back"
+            )
+
+
+def _save_file(tensors: Mapping[str, Tensor], path: Path, *, first: bool) -> None:
+    """Write this rank's parts and where they begin; what is not in parts is the first rank's."""
+    parts: dict[str, Tensor] = {}
+    offsets: dict[str, dict[str, list[int]]] = {}
+    for name, tensor in tensors.items():
+        offset = [0] * tensor.ndim
+        if isinstance(tensor, DTensor):
+            [chunk] = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]
+            tensor, offset = tensor.to_local(), list(chunk.offsets)
+        elif not first:
+            continue
+        if tensor.numel():  # with fewer rows than ranks some have none
+            parts[name], offsets[name] = tensor, {"saved_offsets": offset}
+    safetensors.torch.save_file(parts, path, {"DCP_SHARDING_INFO": json.dumps(offsets, sort_keys=True)})
+
+
+def _reply(*, digests: dict[str, str] | None = None, error: str | None = None) -> bytes:
+    return json.dumps({"digests": digests or {}, "error": error}).encode()
+
+
+def _merge(replies: Sequence[bytes]) -> dict[str, str]:
+    """The digests of all ranks; raises OSError with what any of them says went wrong."""
+    digests: dict[str, str] = {}
+    for reply in map(json.loads, replies):
+        if reply["error"]:
+            raise OSError(reply["error"])
+        digests |= reply["digests"]
+    return digests
 
 
 def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
@@ -146,14 +244,6 @@ def _flatten(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Te
         for parameter, values in optimizer.state.items()
         for key, value in values.items()
     }
-
-
-def _unflatten(saved: dict[str, Tensor], optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    parameters = dict(model.named_parameters())
-    for name, value in saved.items():
-        parameter, _, key = name.rpartition("|")
-        device = "cpu" if key == "step" else parameters[parameter].device
-        optimizer.state[parameters[parameter]][key] = value.to(device)
 
 
 def _digest(path: Path) -> str:

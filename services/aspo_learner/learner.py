@@ -41,8 +41,9 @@ from aspo_learner.optimizer import DivergedError
 from aspo_learner.order import Prompts
 from aspo_learner.outages import Outages
 from aspo_learner.planner import Planner
-from aspo_learner.policy import Policy, pick_device
+from aspo_learner.policy import load_policy
 from aspo_learner.publisher import Publisher
+from aspo_learner.ranks import Ranks
 from aspo_learner.releases import Releases
 from aspo_learner.report import RunHistory, describe_batch, describe_sets, save_batch
 from aspo_learner.staleness import StalenessRule
@@ -67,12 +68,8 @@ class Learner:
         if config.learner.threads:
             torch.set_num_threads(config.learner.threads)
         torch.manual_seed(config.run.seed)
-        self.policy = Policy(
-            config.model,
-            pick_device(config.learner.device),
-            precision=config.learner.precision,
-            checkpoint_activations=config.learner.activation_checkpointing,
-        )
+        self._ranks = Ranks.join(config.learner)
+        self.policy = load_policy(config, self._ranks)
         context = min(self.policy.context_length, config.actor.engine.max_model_len or sys.maxsize)
         self._room = context - config.sampling.max_tokens
         if self._room < 1:
@@ -91,7 +88,9 @@ class Learner:
             leased=self.leases.versions,
         )
         self.releases = Releases(self._store, self.leases, config.canary)
-        self._checkpoints = Checkpoints(fence.folder / "checkpoints", keep=config.learner.keep_checkpoints)
+        self._checkpoints = Checkpoints(
+            fence.folder / "checkpoints", keep=config.learner.keep_checkpoints, ranks=self._ranks
+        )
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history = RunHistory(config)
         self.step, self._phase = 0, "starting"
@@ -121,6 +120,7 @@ class Learner:
             self._checkpoint()
             self._phase = "done"
             summary = self._history.finish(self._publisher, self.policy, self._actors())
+            self._ranks.close()
             log.info("done: the model is in %s, the figures in summary.json beside it", summary["model"])
             self._serve_on()
             return summary
@@ -415,7 +415,7 @@ class Learner:
         """Take a version's weights up again, as an operator asked, under a new epoch and a new optimizer."""
         self._publisher.close()
         self.policy.load_published(self._store.state(version).tensors)
-        self.trainer.optimizer.state.clear()
+        self.trainer.forget_moments()
         self._fence.advance()
         self._planner.forget_after(self.step)
         self._publisher = self._new_publisher()

@@ -12,6 +12,7 @@ from torch import nn
 
 from aspo.config import LearnerConfig
 from aspo.errors import AspoError
+from aspo_learner.sharding import whole
 
 log = logging.getLogger(__name__)
 _COSINE_FLOOR = 0.1  # of the peak, at the end of a cosine
@@ -42,7 +43,10 @@ class Updater:
 
         Raises DivergedError once `max_skipped_updates` in a row were not finite.
         """
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm))
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        total = whole(torch.nn.utils.get_total_norm(gradients))  # over all ranks, and so the same on each
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, self._config.max_grad_norm, total)
+        norm = float(total)
         if math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate()

@@ -12,34 +12,51 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from aspo.config import ConfigError, ModelConfig, Precision
+from aspo.config import Config, ConfigError, ModelConfig, Precision
 from aspo_learner.attention import PACKED, Packing
 from aspo_learner.batching import MicroBatch
 from aspo_learner.head import token_logprobs_and_entropy
+from aspo_learner.ranks import ALONE, Fill, Gather, Ranks
+from aspo_learner.sharding import fill, shard, whole
 
 _OTHER = "use a model of another architecture, such as Qwen3 or Llama"
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
-def pick_device(name: str) -> torch.device:
-    """Resolve `auto`; raises ConfigError for a GPU that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(
-            f"learner.device is {name!r} but torch sees no GPU; set it to cpu or mend the driver"
+class Scorer(nn.Module):
+    """A causal LM with the fused head: from packed tokens to log-probs, with all it takes below one root."""
+
+    def __init__(self, model: nn.Module, *, bf16: bool) -> None:
+        super().__init__()
+        self.model: Any = model
+        self._bf16 = bf16
+
+    def forward(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies [B, T] fp32 of a micro-batch's completions, zero at padding."""
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self._bf16):
+            hidden = self.model.base_model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                packing=batch.packing,
+                use_cache=False,
+            ).last_hidden_state
+        picked = hidden[0, batch.positions]
+        logprobs, entropy = token_logprobs_and_entropy(
+            picked.bfloat16() if self._bf16 else picked,
+            self.model.get_output_embeddings().weight,
+            batch.targets,
+            temperature=temperature,
         )
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"learner.device {name!r}: {str(error).splitlines()[0]}") from None
+        return batch.scatter(logprobs), batch.scatter(entropy.detach())
 
 
 class Policy:
     """A causal LM that scores completions; weights are trained in fp32 and published in `config.dtype`.
 
     `precision` is that of the products in the layers and the head: `fp32`, or `bf16` by autocast with sums in
-    fp32; `auto` takes bf16 on a GPU. With `checkpoint_activations` backward computes the layers again.
+    fp32; `auto` takes bf16 on a GPU. With `checkpoint_activations` backward computes the layers again. The
+    weights are spread over the `ranks`, all of which must make the policy and score with it together; with
+    `offload` they lie in the CPU's memory.
     """
 
     def __init__(
@@ -49,18 +66,36 @@ class Policy:
         *,
         precision: Precision = "auto",
         checkpoint_activations: bool = False,
+        offload: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model: Any = load_model(config.path).to(device)
-        self.tokenizer = load_tokenizer(config.path)
-        self.device = device
+        self._path, self.device, self.ranks = config.path, device, ranks
         self._bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+        self._checkpoint_activations, self._offload = checkpoint_activations, offload
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._files: dict[str, bytes] | None = None
+        self.tokenizer = load_tokenizer(config.path)
+        self.scorer = self._load(trained=True)
+        self.model: Any = self.scorer.model
+
+    def reference(self) -> Scorer:
+        """The model as it was at first, to score with and not to train."""
+        return self._load(trained=False).requires_grad_(False)
+
+    def _load(self, *, trained: bool) -> Scorer:
+        model: Any = load_model(self._path, empty=not self.ranks.leads)
         # Sampling has no dropout, so the learner's log-probs must have none either.
-        self.model.eval()
-        if checkpoint_activations:
-            _checkpoint_layers(self.model, config.path)
-        _require_isolation(self.model, config.path)
+        model.eval()
+        if self._checkpoint_activations and trained:
+            _checkpoint_layers(model, self._path)
+        if self.ranks.mesh is None:
+            model.to(self.device)
+        if self.ranks.leads:
+            _require_isolation(model, self._path)
+        scorer = Scorer(model, bf16=self._bf16)
+        if self.ranks.mesh is not None:
+            _spread(scorer, self._path, self.ranks, bf16=self._bf16, offload=self._offload, trained=trained)
+        return scorer
 
     @property
     def context_length(self) -> int:
@@ -72,39 +107,36 @@ class Policy:
         """Number of token ids the model can score."""
         return int(self.model.get_output_embeddings().weight.shape[0])
 
-    def score(self, batch: MicroBatch, temperature: float, model: Any = None) -> tuple[Tensor, Tensor]:
+    def score(
+        self, batch: MicroBatch, temperature: float, scorer: Scorer | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Score a micro-batch's completions: log-probs and entropies [B, T] fp32, zero at padding.
 
-        `model` scores in place of the policy's own, for a reference.
+        `scorer` scores in place of the policy's own, for a reference.
         """
-        model = model or self.model
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bf16):
-            hidden = model.base_model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                packing=batch.packing,
-                use_cache=False,
-            ).last_hidden_state
-        picked = hidden[0, batch.positions]
-        weight = model.get_output_embeddings().weight
-        logprobs, entropy = token_logprobs_and_entropy(
-            picked.bfloat16() if self._bf16 else picked, weight, batch.targets, temperature=temperature
-        )
-        return batch.scatter(logprobs), batch.scatter(entropy.detach())
+        scored: tuple[Tensor, Tensor] = (scorer or self.scorer)(batch, temperature)
+        return scored
 
     @torch.no_grad()
     def copy_published(self, copy: dict[str, Tensor]) -> None:
-        """Fill `copy` with the tensors of a version, on the CPU in the published type; tied tensors once."""
-        for name, parameter in self.model.named_parameters():
-            if name not in copy:
-                copy[name] = torch.empty(parameter.shape, dtype=self._dtype)
-            copy[name].copy_(parameter)
+        """Fill `copy` with the tensors of a version, on the CPU in the published type; tied tensors once.
 
-    @torch.no_grad()
-    def load_published(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the weights of a version; what its type rounds off stays lost."""
+        The ranks gather them one at a time, and rank 0 keeps them.
+        """
+        self.ranks.announce(Gather())
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[name])
+            tensor = whole(parameter) if self.ranks.mesh is None else whole(parameter.to(self._dtype))
+            if not self.ranks.leads:
+                continue
+            if name not in copy:
+                copy[name] = torch.empty(tensor.shape, dtype=self._dtype)
+            copy[name].copy_(tensor)
+
+    def load_published(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the weights of a version, which rank 0 gives; what its type rounds off stays lost."""
+        self.ranks.announce(Fill())
+        for name, parameter in self.model.named_parameters():
+            fill(parameter, tensors[name] if self.ranks.leads else None)
 
     def published_files(self) -> dict[str, bytes]:
         """The config and tokenizer files that make a version loadable by `from_pretrained`."""
@@ -119,15 +151,37 @@ class Policy:
         return self._files
 
 
-def load_model(path: str) -> nn.Module:
-    """Load a causal LM in fp32; raises ConfigError if there is none or its head is one we cannot score."""
+def load_policy(config: Config, ranks: Ranks) -> Policy:
+    """The policy of a run, on the device of its rank."""
+    return Policy(
+        config.model,
+        ranks.device,
+        precision=config.learner.precision,
+        checkpoint_activations=config.learner.activation_checkpointing,
+        offload=config.learner.offload,
+        ranks=ranks,
+    )
+
+
+def load_model(path: str, *, empty: bool = False) -> nn.Module:
+    """Load a causal LM in fp32; raises ConfigError if there is none or its head is one we cannot score.
+
+    An `empty` one has the shapes and, until they are written to, takes no memory for its weights.
+    """
     config = _from_pretrained(AutoConfig.from_pretrained, path)
     for name in _SCALED_LOGITS:
         if getattr(config, name, None) not in (None, 1.0):
             raise ConfigError(
                 f"{path}: models with {name} are not supported; their logits are not a plain product"
             )
-    model: Any = _from_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
+    model: Any
+    if empty:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.to_empty(device="cpu")
+        model.tie_weights()
+    else:
+        model = _from_pretrained(AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ConfigError(f"{path}: an output head with a bias is not supported")
     if not model._supports_attention_backend:
@@ -135,6 +189,19 @@ def load_model(path: str) -> nn.Module:
     model.set_attn_implementation(PACKED)
     loaded: nn.Module = model
     return loaded
+
+
+@torch.no_grad()
+def _spread(scorer: Scorer, path: str, ranks: Ranks, *, bf16: bool, offload: bool, trained: bool) -> None:
+    """Shard a model that rank 0 alone has loaded, and give the others their parts of it."""
+    content = dict(scorer.named_parameters()) if ranks.leads else {}
+    layers = _layers(scorer, path, "learner.offload" if ranks.size == 1 else "--nproc-per-node")
+    shard(scorer, layers, ranks, bf16=bf16, offload=offload, trained=trained)
+    for buffer in scorer.buffers():
+        ranks.broadcast(buffer)
+    if ranks.size > 1:
+        for name, parameter in scorer.named_parameters():
+            fill(parameter, content.pop(name, None))
 
 
 @torch.no_grad()
@@ -159,15 +226,20 @@ def _require_isolation(model: Any, path: str) -> None:
 
 
 def _checkpoint_layers(model: Any, path: str) -> None:
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ConfigError(
-            f"{path}: {type(model).__name__} has no layers to checkpoint; "
-            "unset learner.activation_checkpointing"
-        )
+    layers = _layers(model, path, "learner.activation_checkpointing")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers:
         layer.training = True  # they checkpoint in training only; what is in them still has no dropout
+
+
+def _layers(model: nn.Module, path: str, reason: str) -> list[nn.Module]:
+    """The layers of a model; raises ConfigError, naming why they are asked for, if it names none."""
+    found: list[nn.Module] = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    if not found:
+        raise ConfigError(f"{path}: {type(model).__name__} does not say what its layers are; unset {reason}")
+    return found
 
 
 def load_tokenizer(path: str) -> Any:

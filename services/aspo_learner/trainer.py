@@ -8,18 +8,21 @@ Numerators and denominators of the metrics are summed over all micro-batches of 
 
 from __future__ import annotations
 
-import copy
 import inspect
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from aspo.codec import encode_group
 from aspo.config import Config, ConfigError, LossConfig
 from aspo.schemas import FloatArray, IntArray, RolloutGroup
 from aspo_learner import losses
@@ -27,6 +30,8 @@ from aspo_learner.advantages import batch_advantages, is_informative
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
 from aspo_learner.optimizer import Updater
 from aspo_learner.policy import Policy
+from aspo_learner.ranks import Forget, Ranks, Resume, Train
+from aspo_learner.sharding import sum_over_copies
 
 log = logging.getLogger(__name__)
 INERT_RATIO = 1e-6
@@ -41,7 +46,8 @@ class Trainer:
         self._loss_config, self._temperature = config.loss, config.sampling.temperature
         self._estimator = config.groups.advantage
         self._loss = build_loss(config.loss)
-        self._reference = copy.deepcopy(policy.model) if config.loss.kl_coefficient > 0 else None
+        self._ranks = policy.ranks
+        self._reference = policy.reference() if config.loss.kl_coefficient > 0 else None
         self.updater = Updater(policy.model.parameters(), config.learner)
         self._random = np.random.default_rng([config.run.seed, 1])
 
@@ -59,8 +65,11 @@ class Trainer:
         """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted.
 
         `weights` and `lags` hold each group's token weights and lags [sum(lengths)], see `staleness`; None is
-        1 and 0 for all. Raises DivergedError after too many gradients in a row that are not finite.
+        1 and 0 for all. Of several ranks each trains on its share, and rank 0 reports on the whole. Raises
+        DivergedError after too many gradients in a row that are not finite.
         """
+        if self._ranks.size > 1:
+            self._ranks.announce(_order(groups, weights, lags))
         none: list[Any] = [None] * len(groups)
         rewards = [torch.tensor(group.rewards) for group in groups]
         advantages = batch_advantages(rewards, self._estimator)
@@ -79,6 +88,8 @@ class Trainer:
             proximal = self._proximal(sequences)
             for mini_batch in self._mini_batches(sequences, len(informative)):
                 self._update(sequences, mini_batch, proximal, report)
+        if self._ranks.size > 1:
+            report = report.joined(self._ranks)
         metrics = report.summary() | {
             "uninformative_fraction": 1 - len(informative) / max(1, len(groups)),
             "learning_rate": self.updater.learning_rate(),
@@ -93,8 +104,14 @@ class Trainer:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned."""
+        self._ranks.announce(Resume(json.dumps(state)))
         self.updater.load_state(state)
         self._random.bit_generator.state = state["random"]
+
+    def forget_moments(self) -> None:
+        """Begin with an optimizer that has seen nothing."""
+        self._ranks.announce(Forget())
+        self.optimizer.state.clear()
 
     def _mini_batches(self, sequences: Sequence[TrainingSequence], groups: int) -> Iterator[list[int]]:
         """Yield the indices of each update's sequences: whole groups, dealt evenly, shuffled every epoch."""
@@ -110,39 +127,47 @@ class Trainer:
             indices,
             max_tokens=self._config.micro_batch_tokens,
             device=self.policy.device,
+            rank=self._ranks.rank,
+            ranks=self._ranks.size,
         )
 
     @torch.no_grad()
-    def _proximal(self, sequences: Sequence[TrainingSequence]) -> dict[int, Tensor] | None:
-        """The log-probs at the batch's start, by sequence, when they are to be computed."""
+    def _proximal(self, sequences: Sequence[TrainingSequence]) -> list[Tensor] | None:
+        """The log-probs [C] at the batch's start, by sequence, when they are to be computed."""
         if (
             self._loss_config.ratio_reference == "behavior"
             or self._loss_config.proximal_source != "recompute"
         ):
             return None
-        found: dict[int, Tensor] = {}
+        lengths = [len(sequence.completion_ids) for sequence in sequences]
+        found = torch.zeros(sum(lengths), device=self.policy.device)
+        by_sequence = list(torch.split(found, lengths))
         for batch in self._split(sequences, range(len(sequences))):
             logprobs, _ = self.policy.score(batch, self._temperature)
-            found |= {index: logprobs[row] for row, index in enumerate(batch.indices)}
-        return found
+            for row, index in enumerate(batch.indices):
+                by_sequence[index].copy_(logprobs[row, : lengths[index]])
+        self._ranks.add_up(found)  # a sequence's are zero everywhere but at the rank that had it
+        return by_sequence
 
     def _update(
         self,
         sequences: Sequence[TrainingSequence],
         indices: Sequence[int],
-        proximal: dict[int, Tensor] | None,
+        proximal: list[Tensor] | None,
         report: _StepReport,
     ) -> None:
         """One optimizer update; the loss is normalised over the mini-batch, whatever the micro-batches."""
         tokens = float(sum(sequences[i].trained_tokens for i in indices))
         by_token = inspect.signature(self._loss).parameters["aggregation"].default == "token-mean"
-        for batch in self._split(sequences, indices):
+        for batch, following in pairwise(chain(self._split(sequences, indices), [None])):
+            assert batch is not None
+            sum_over_copies(self.policy.scorer, following is None)
             loss = self._micro_loss(batch, proximal, tokens if by_token else float(len(indices)), report)
             loss.backward()  # type: ignore[no-untyped-call]
         report.finish_update(self.updater.update())
 
     def _micro_loss(
-        self, batch: MicroBatch, proximal: dict[int, Tensor] | None, normalizer: float, report: _StepReport
+        self, batch: MicroBatch, proximal: list[Tensor] | None, normalizer: float, report: _StepReport
     ) -> Tensor:
         logprobs, entropy = self.policy.score(batch, self._temperature)
         old, correction = batch.behavior_logprobs, None
@@ -167,17 +192,17 @@ class Trainer:
         return loss
 
     @staticmethod
-    def _proximal_of(batch: MicroBatch, logprobs: Tensor, known: dict[int, Tensor] | None) -> Tensor:
+    def _proximal_of(batch: MicroBatch, logprobs: Tensor, known: list[Tensor] | None) -> Tensor:
         """The log-probs [B, T] of the policy at the batch's start: computed then, or taken to lie between.
 
         A token d versions late is d versions from the batch's start and d + 1 from the one being made, so on
         the straight line from its sampler to the policy the start lies at d / (d + 1).
         """
-        if known is None:
+        if known is None or not batch.indices:
             start = batch.lags / (batch.lags + 1)
             return torch.lerp(batch.behavior_logprobs, logprobs, start)
         rows = [known[index] for index in batch.indices]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)[:, : batch.mask.shape[1]]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
     def _kl_term(
         self, batch: MicroBatch, logprobs: Tensor, normalizer: float, metrics: losses.Metrics
@@ -246,6 +271,32 @@ class _StepReport:
         self._norms.append(norm)
         self._update_losses.append(0.0)
 
+    def joined(self, ranks: Ranks) -> _StepReport:
+        """The report on all ranks' shares; an empty one at all but rank 0."""
+        means = {
+            name: (float(mean.numerator), float(mean.denominator))
+            for name, mean in losses.merge_metrics(self._means).items()
+        }
+        tokens = [_content(part) for part in (self._log_ratios, self._corrections, self._mismatch)]
+        share = _Share(means, self._update_losses, self._norms, *tokens)
+        whole = _StepReport()
+        for reply in ranks.gather(msgspec.msgpack.encode(share)):
+            whole._take(msgspec.msgpack.decode(reply, type=_Share))
+        return whole
+
+    def _take(self, share: _Share) -> None:
+        self._means.append({name: losses.Mean(*mean) for name, mean in share.means.items()})
+        before = self._update_losses if self._norms else [0.0] * len(share.update_losses)
+        self._update_losses = [a + b for a, b in zip(before, share.update_losses, strict=True)]
+        self._norms = share.norms
+        for mine, theirs in (
+            (self._log_ratios, share.log_ratios),
+            (self._corrections, share.corrections),
+            (self._mismatch, share.mismatch),
+        ):
+            if theirs:
+                mine.append(torch.frombuffer(bytearray(theirs), dtype=torch.float32))
+
     def summary(self) -> dict[str, float]:
         """Values over all updates of the step; empty when there was nothing to train on."""
         if not self._norms:
@@ -269,6 +320,31 @@ class _StepReport:
         metrics["grad_norm_max"] = float(np.max(self._norms))
         metrics["updates"] = float(len(self._norms))
         return metrics
+
+
+class _Share(msgspec.Struct, frozen=True):
+    """One rank's part of a step's report; by token, float32."""
+
+    means: dict[str, tuple[float, float]]
+    update_losses: list[float]
+    norms: list[float]
+    log_ratios: bytes
+    corrections: bytes
+    mismatch: bytes
+
+
+def _content(parts: Sequence[Tensor]) -> bytes:
+    return torch.cat([torch.empty(0), *(part.cpu() for part in parts)]).numpy().tobytes()
+
+
+def _order(
+    groups: Sequence[RolloutGroup], weights: Sequence[FloatArray] | None, lags: Sequence[IntArray] | None
+) -> Train:
+    return Train(
+        [encode_group(group) for group in groups],
+        None if weights is None else [array.astype(np.float32).tobytes() for array in weights],
+        None if lags is None else [array.astype(np.int32).tobytes() for array in lags],
+    )
 
 
 def _quantiles(name: str, log_ratio: Tensor) -> dict[str, float]:

@@ -181,6 +181,12 @@ class LearnerConfig(HttpConfig):
     activation_checkpointing: bool = Field(
         False, description="Compute the layers again in backward: less memory, about a third more time."
     )
+    offload: bool = Field(
+        False, description="Keep weights, gradients and AdamW's state in the CPU's memory, layers on the GPU."
+    )
+    shard_size: int | None = Field(
+        None, ge=1, description="Under torchrun, processes that share a copy of the weights; unset: all."
+    )
     learning_rate: float = Field(1e-6, gt=0, description="Peak learning rate of AdamW.")
     warmup_updates: int = Field(10, ge=0, description="Linear warm-up, in optimizer updates.")
     schedule: Literal["constant", "cosine"] = Field(
