@@ -98,8 +98,9 @@ def hold_run(config: Config) -> Fence:
 
 def _train(config: Config, fence: Fence) -> None:
     from aspo_learner.learner import Learner
+    from aspo_learner.ranks import losses_named
 
-    with _denials():
+    with _denials(), losses_named():
         learner = Learner(config, fence)
 
     def stop(signum: int, frame: object) -> None:
@@ -111,7 +112,7 @@ def _train(config: Config, fence: Fence) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, stop)
     try:
-        with _denials():
+        with _denials(), losses_named():
             learner.run()
     except (OSError, WeightsError):
         fence.require()  # the folder is gone because another learner has taken it over

@@ -55,6 +55,8 @@ class Checkpoints:
         folder.mkdir(parents=True, exist_ok=True)
         for left in folder.glob(".partial-*"):
             shutil.rmtree(left, ignore_errors=True)
+        if ranks.size > 1:
+            self._require_shared()
 
     def save(
         self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
@@ -120,12 +122,28 @@ class Checkpoints:
             digests = json.loads((folder / _DIGESTS).read_text())
         except (OSError, ValueError) as error:
             return str(error)
+        return self._fault_of(folder, digests)
+
+    def _fault_of(self, folder: Path, digests: dict[str, str]) -> str | None:
         self._ranks.announce(Verify(str(folder.absolute()), digests))
         try:
             _merge(self._ranks.gather(verify_part(folder, digests, self._ranks)))
         except OSError as error:
             return str(error)
         return None
+
+    def _require_shared(self) -> None:
+        """Raise ConfigError unless every rank finds in the folder what this one writes there."""
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".partial-") as probe:
+            paths = [Path(probe) / f"{rank:05}" for rank in range(self._ranks.size)]
+            for path in paths:
+                path.write_bytes(os.urandom(16))
+            fault = self._fault_of(Path(probe), {path.name: _digest(path) for path in paths})
+        if fault:
+            raise ConfigError(
+                f"{self._folder} is not one folder for all processes of this learner ({fault}); set run.dir "
+                "to storage that their machines share"
+            )
 
     def _put_in_place(self, partial: Path, step: int) -> Path:
         target = self._new_name(step)
@@ -160,7 +178,7 @@ def write_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         for file in files:
             _sync(file)
     except (OSError, SafetensorError) as error:
-        return _reply(error=f"{error}" if ranks.size == 1 else f"rank {ranks.rank}: {error}")
+        return _reply(error=_name_rank(error, ranks))
     return _reply(digests=digests)
 
 
@@ -171,7 +189,7 @@ def verify_part(folder: Path, digests: dict[str, str], ranks: Ranks) -> bytes:
             if _digest(folder / name) != digests[name]:
                 return _reply(error=f"{name} does not match its digest")
     except OSError as error:
-        return _reply(error=str(error))
+        return _reply(error=_name_rank(error, ranks))
     return _reply()
 
 
@@ -225,6 +243,10 @@ def _save_file(tensors: Mapping[str, Tensor], path: Path, *, first: bool) -> Non
 
 def _reply(*, digests: dict[str, str] | None = None, error: str | None = None) -> bytes:
     return json.dumps({"digests": digests or {}, "error": error}).encode()
+
+
+def _name_rank(error: Exception, ranks: Ranks) -> str:
+    return str(error) if ranks.size == 1 else f"rank {ranks.rank}: {error}"
 
 
 def _merge(replies: Sequence[bytes]) -> dict[str, str]:

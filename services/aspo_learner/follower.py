@@ -21,13 +21,13 @@ from aspo_learner.ranks import (
     Gather,
     Load,
     Order,
-    RankLostError,
     Ranks,
     Resume,
     Save,
     Stop,
     Train,
     Verify,
+    losses_named,
 )
 from aspo_learner.trainer import Trainer
 
@@ -41,15 +41,16 @@ def follow(config: Config) -> None:
     logging.getLogger().setLevel(logging.ERROR)  # the rest rank 0 says as well
     if config.learner.threads:
         torch.set_num_threads(config.learner.threads)
-    ranks = Ranks.join(config.learner)
+    with losses_named():
+        _follow(config, Ranks.join(config.learner))
+
+
+def _follow(config: Config, ranks: Ranks) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, signal.SIG_IGN)
     trainer = Trainer(load_policy(config, ranks), config)
     while not isinstance(order := ranks.next_order(), Stop):
-        try:
-            _carry_out(order, trainer, ranks)
-        except torch.distributed.DistBackendError as error:
-            raise RankLostError(f"another process of this learner is gone ({error})") from None
+        _carry_out(order, trainer, ranks)
     ranks.close()
 
 

@@ -194,7 +194,7 @@ def load_model(path: str, *, empty: bool = False) -> nn.Module:
 @torch.no_grad()
 def _spread(scorer: Scorer, path: str, ranks: Ranks, *, bf16: bool, offload: bool, trained: bool) -> None:
     """Shard a model that rank 0 alone has loaded, and give the others their parts of it."""
-    content = dict(scorer.named_parameters()) if ranks.leads else {}
+    content = dict(scorer.named_parameters()) if ranks.leads and ranks.size > 1 else {}
     layers = _layers(scorer, path, "learner.offload" if ranks.size == 1 else "--nproc-per-node")
     shard(scorer, layers, ranks, bf16=bf16, offload=offload, trained=trained)
     for buffer in scorer.buffers():

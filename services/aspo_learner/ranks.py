@@ -12,6 +12,8 @@ others do it with it (`follower`):
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -99,7 +101,7 @@ class Ranks:
         """Meet the other processes that torchrun started; raises ConfigError for missing devices."""
         size = world_size()
         device = pick_device(config.device, size)
-        if device.type == "cuda":
+        if device.index is not None:
             torch.cuda.set_device(device)
         if size == 1 and not config.offload:
             return cls(device)
@@ -128,11 +130,7 @@ class Ranks:
 
     def next_order(self) -> Order:
         """Wait for what rank 0 announces next."""
-        try:
-            content = self._broadcast(b"")
-        except RuntimeError as error:
-            raise RankLostError(f"rank 0 of this learner is gone ({_first_line(error)})") from None
-        order: Order = msgspec.msgpack.decode(content, type=Order)
+        order: Order = msgspec.msgpack.decode(self._broadcast(b""), type=Order)
         return order
 
     def gather(self, reply: bytes) -> list[bytes]:
@@ -174,14 +172,23 @@ class Ranks:
         return _bytes(body)
 
 
+@contextmanager
+def losses_named() -> Iterator[None]:
+    """Say in one line that another rank has ended, in place of what its connections say; RankLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(error):
+            raise
+        reason = str(error).strip().partition("\n")[0].rpartition("gloo/")[2]
+        raise RankLostError(
+            f"another process of this learner has ended ({reason}); its log says why. Start all of them again"
+        ) from None
+
+
 def world_size() -> int:
     """How many processes torchrun has started, 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def follows() -> bool:
-    """Whether torchrun has made this process another than rank 0."""
-    return world_size() > 1 and os.environ["RANK"] != "0"
 
 
 def pick_device(name: str, size: int = 1) -> torch.device:
@@ -229,10 +236,6 @@ def _tensor(content: bytes) -> Tensor:
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.numpy().tobytes()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 ALONE = Ranks(torch.device("cpu"))

@@ -26,6 +26,7 @@ FIGURE_TOLERANCE = {"rel": 1e-4, "abs": 1e-6}
 # The last batch has fewer sequences than four ranks.
 BATCHES = [[(4, seed) for seed in range(4)], [(4, seed) for seed in range(4, 8)], [(3, 8)]]
 VARIANTS = {
+    "1 rank, offloaded": (1, True, ["learner.offload=true"]),
     "2 ranks, tied": (2, True, []),
     "4 ranks, untied": (4, False, ["loss.ratio_reference=proximal", "learner.epochs=2"]),
     "2 copies on 2 ranks each": (
@@ -59,8 +60,25 @@ def train(config: Config, folder: Path, out: Path) -> None:
         files = sorted((folder / f"batch-{number}").iterdir())
         figures.append(trainer.train_step([decode_group(file.read_bytes()) for file in files]))
     leave(trainer, out)
+    check_that_broken_weights_are_skipped_and_others_taken(trainer, files, weights_of(out))
     (out / "figures.json").write_text(json.dumps(figures))
     ranks.close()
+
+
+def check_that_broken_weights_are_skipped_and_others_taken(
+    trainer: Trainer, files: list[Path], weights: dict[str, Tensor]
+) -> None:
+    broken = {name: tensor.clone() for name, tensor in weights.items()}
+    broken["model.norm.weight"][0] = torch.nan
+    trainer.policy.load_published(broken)
+    trainer.train_step([decode_group(file.read_bytes()) for file in files])
+    assert trainer.updater.skipped > 0
+    trainer.policy.load_published(weights)
+    trainer.forget_moments()
+    taken: dict[str, Tensor] = {}
+    trainer.policy.copy_published(taken)
+    assert all(torch.equal(taken[name], tensor) for name, tensor in weights.items())
+    assert not trainer.optimizer.state
 
 
 def leave(trainer: Trainer, out: Path) -> None:
@@ -82,7 +100,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 def test_ranks_train_as_one_process_does(tmp_path: Path, variant: str) -> None:
     size, tied, overrides = VARIANTS[variant]
     config = prepare(tmp_path, tied=tied)
-    overrides = ["learner.micro_batch_tokens=40", *overrides]
+    overrides = ["learner.micro_batch_tokens=15", *overrides]
     alone = [one for one in overrides if "shard_size" not in one and "offload" not in one]
     train(load_config(config, alone), tmp_path, tmp_path / "alone")
     run_ranks(size, train, config, overrides, tmp_path, tmp_path / "ranks")
