@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -14,6 +15,7 @@ import torch
 from aspo.codec import decode_group
 from aspo.config import Config
 from aspo_learner.checkpoint import read_part, verify_part, write_part
+from aspo_learner.optimizer import DivergedError
 from aspo_learner.policy import load_policy
 from aspo_learner.ranks import (
     Fill,
@@ -50,7 +52,8 @@ def _follow(config: Config, ranks: Ranks) -> None:
         signal.signal(signum, signal.SIG_IGN)
     trainer = Trainer(load_policy(config, ranks), config)
     while not isinstance(order := ranks.next_order(), Stop):
-        _carry_out(order, trainer, ranks)
+        with contextlib.suppress(DivergedError):  # rank 0 has yet to say so, and to keep the batch
+            _carry_out(order, trainer, ranks)
     ranks.close()
 
 

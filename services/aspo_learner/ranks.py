@@ -11,7 +11,10 @@ others do it with it (`follower`):
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,8 +30,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from aspo.config import ConfigError, LearnerConfig
 from aspo.errors import AspoError
 
+log = logging.getLogger(__name__)
 # Followers may wait for a batch for as long as a run is paused; a rank that dies closes its connections.
 _PATIENCE = timedelta(days=3650)
+_GRACE_S = 5.0  # for a rank that has noticed by itself to end in order
 
 
 class RankLostError(AspoError):
@@ -94,6 +99,7 @@ class Ranks:
 
     def __init__(self, device: torch.device, mesh: DeviceMesh | None = None, patient: Any = None) -> None:
         self.device, self.mesh, self._patient = device, mesh, patient
+        self._watch: _Watch | None = None
         self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if mesh is not None else (0, 1)
 
     @classmethod
@@ -111,7 +117,10 @@ class Ranks:
         else:
             dist.init_process_group(backend)
         mesh = _mesh(device.type, size, config.shard_size or size)
-        return cls(device, mesh, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        ranks = cls(device, mesh, dist.new_group(backend="gloo", timeout=_PATIENCE))
+        if size > 1:
+            ranks._watch = _Watch(ranks.rank, size)
+        return ranks
 
     @property
     def leads(self) -> bool:
@@ -161,6 +170,8 @@ class Ranks:
     def close(self) -> None:
         """Tell the others that the run is over, and leave."""
         self.announce(Stop())
+        if self._watch is not None:
+            self._watch.end()
         if self.mesh is not None:
             dist.destroy_process_group()
 
@@ -170,6 +181,32 @@ class Ranks:
         body = _tensor(content) if self.leads else torch.empty(int(length), dtype=torch.uint8)
         dist.broadcast(body, 0, group=self._patient)
         return _bytes(body)
+
+
+class _Watch:
+    """Has this process end when the next in a ring of the ranks has, whatever it is doing; so all of them do.
+
+    An operation of NCCL may wait minutes for a rank that is gone; a learner that awaits rollouts asks none.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._watched, self._watcher = (rank + 1) % size, (rank - 1) % size
+        self._thread = threading.Thread(target=self._wait, name="watch", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Let the others know that this rank ends in order, and wait for the one it watches to."""
+        dist.send(torch.zeros(1), self._watcher, group=self._group)
+        self._thread.join()
+
+    def _wait(self) -> None:
+        try:
+            dist.recv(torch.zeros(1), self._watched, group=self._group)
+        except RuntimeError:
+            log.error("process %d of this learner has ended; its log says why", self._watched)
+            time.sleep(_GRACE_S)
+            os._exit(RankLostError.exit_code)
 
 
 @contextmanager

@@ -13,14 +13,22 @@ import redis
 
 from aspo.failpoints import VARIABLE
 from aspo_cli.processes import free_port
+from aspo_cli.status import fetch_status
 from crashing import SETTINGS, Outcome, Project, nothing_is_left
-from project import step_of
+from project import post, step_of
 from ranked import environment
 from scripted import ScriptedActor
 from services import Service, wait_until
 
 STEPS = 12
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
+TORCHRUN = (
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node=2",
+    "--no-python",
+)
 
 
 def start(project: Project, size: int, *, failpoints: dict[int, str] | None = None) -> list[Service]:
@@ -46,7 +54,21 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory, redis_url: str) -> Ou
         return project.outcome()
 
 
-@pytest.mark.parametrize(("rank", "failpoint"), [(1, "checkpoint.shard:2"), (0, "step.trained:5")])
+def test_a_rank_that_dies_while_the_learner_is_paused_ends_it(project: Project, redis_url: str) -> None:
+    with ScriptedActor(redis_url, project.run, project.runs):
+        leader, follower = start(project, 2)
+        wait_until(lambda: step_of(project.url) >= 2, 60, (leader, follower))
+        post(f"{project.url}/v1/pause")
+        wait_until(lambda: fetch_status(project.url)["phase"] == "paused", 20, (leader, follower))
+        follower.kill()
+        assert leader.wait(20) == 1, leader.text
+    assert "process 1 of this learner has ended" in leader.text
+
+
+@pytest.mark.parametrize(
+    ("rank", "failpoint"),
+    [(1, "checkpoint.shard:2"), pytest.param(0, "step.trained:5", marks=pytest.mark.faults)],
+)
 def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on_as_if_it_had_not(
     project: Project, on_two_ranks: Outcome, client: redis.Redis, redis_url: str, rank: int, failpoint: str
 ) -> None:
