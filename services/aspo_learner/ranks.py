@@ -111,12 +111,13 @@ class Ranks:
             torch.cuda.set_device(device)
         if size == 1 and not config.offload:
             return cls(device)
+        shape = _mesh_shape(size, config.shard_size or size)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if size == 1:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend)
-        mesh = _mesh(device.type, size, config.shard_size or size)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
         ranks = cls(device, mesh, dist.new_group(backend="gloo", timeout=_PATIENCE))
         if size > 1:
             ranks._watch = _Watch(ranks.rank, size)
@@ -251,16 +252,14 @@ def pick_device(name: str, size: int = 1) -> torch.device:
     return torch.device("cuda", here)
 
 
-def _mesh(device: str, size: int, shard_size: int) -> DeviceMesh:
+def _mesh_shape(size: int, shard_size: int) -> tuple[int, ...]:
     """Ranks next to each other share a copy of the weights; raises ConfigError if they come out uneven."""
     if size % shard_size:
         raise ConfigError(
             f"learner.shard_size ({shard_size}) does not divide the {size} processes; set it to the GPUs of "
             "one machine, or unset it"
         )
-    if shard_size == size:
-        return init_device_mesh(device, (size,))
-    return init_device_mesh(device, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+    return (size,) if shard_size == size else (size // shard_size, shard_size)
 
 
 def _tensor(content: bytes) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import uuid
@@ -83,6 +84,25 @@ def test_a_rank_that_dies_ends_the_others_and_a_restart_goes_on_as_if_it_had_not
             assert learner.wait(100) == 0, learner.text
     assert project.outcome() == on_two_ranks
     assert nothing_is_left(client, project.run)
+
+
+@pytest.mark.faults
+def test_a_full_disk_under_one_rank_is_waited_out(
+    project: Project, on_two_ranks: Outcome, redis_url: str
+) -> None:
+    with ScriptedActor(redis_url, project.run, project.runs):
+        leader, follower = start(project, 2)
+        wait_until(lambda: step_of(project.url) >= 1, 60, (leader, follower))
+        unlimited = resource.prlimit(follower.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(follower.process.pid, resource.RLIMIT_FSIZE, (2**14, unlimited[1]))
+        wait_until(lambda: fetch_status(project.url)["phase"] == "waiting for disk", 60, (leader, follower))
+        trouble = fetch_status(project.url)["trouble"]
+        assert "rank 1: " in trouble
+        assert "File too large" in trouble
+        resource.prlimit(follower.process.pid, resource.RLIMIT_FSIZE, unlimited)
+        for learner in (leader, follower):
+            assert learner.wait(100) == 0, learner.text
+    assert project.outcome() == on_two_ranks
 
 
 @pytest.mark.faults

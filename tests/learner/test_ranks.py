@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from aspo.codec import decode_group, encode_group
-from aspo.config import Config, load_config
+from aspo.config import Config, ConfigError, LearnerConfig, load_config
 from aspo_learner.checkpoint import Checkpoints
 from aspo_learner.policy import load_policy
-from aspo_learner.ranks import Ranks
+from aspo_learner.ranks import Ranks, Verify
 from aspo_learner.trainer import Trainer
 from models import save_model, tiny_qwen3
 from ranked import run_ranks
@@ -167,6 +167,42 @@ def test_a_checkpoint_is_loaded_by_any_number_of_ranks(tmp_path: Path) -> None:
     assert files_of(tmp_path / "f") == expected
     assert len(files_of(tmp_path / "c")) == 2 * 2 + 2, "one of the copies is enough"
     assert len(files_of(tmp_path / "d")) == 4 * 2 + 2
+
+
+class Apart(Ranks):
+    """Two ranks, the other of which finds nothing where rank 0 writes."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.size = 2
+
+    def announce(self, order: object) -> None:
+        assert isinstance(order, Verify)
+        self._theirs = json.dumps({"digests": {}, "error": f"rank 1: no {order.folder}"}).encode()
+
+    def gather(self, reply: bytes) -> list[bytes]:
+        return [reply, self._theirs]
+
+
+def test_ranks_whose_folders_are_not_one_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"rank 1: no .*set run\.dir to storage that their machines share"):
+        Checkpoints(tmp_path / "checkpoints", keep=1, ranks=Apart())
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"device": "cuda"}, "torch sees no GPU"),
+        ({"device": "cpu", "shard_size": 3}, r"learner\.shard_size \(3\) does not divide the 4 processes"),
+    ],
+)
+def test_ranks_that_cannot_be_are_refused(
+    settings: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match=message):
+        Ranks.join(LearnerConfig(**settings))
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
