@@ -123,6 +123,21 @@ class PromptReader:
         return messages
 
 
+def room_for_prompts(config: Config, context: int) -> int:
+    """The longest prompt, in tokens, that leaves room for a completion; raises ConfigError for none.
+
+    `context` is the model's.
+    """
+    context = min(context, config.actor.engine.max_model_len or context)
+    room = context - config.sampling.max_tokens
+    if room < 1:
+        raise ConfigError(
+            f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in "
+            f"a context of {context} tokens; lower it"
+        )
+    return room
+
+
 def load_prompts(reader: PromptReader) -> list[Prompt]:
     """Read a whole set; says how many of its prompts were left out."""
     prompts, counts = list(reader), reader.counts

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import redis
 import torch
 
-from aspo.config import Config, ConfigError
+from aspo.config import Config
 from aspo.failpoints import reach
 from aspo.fence import Fence
 from aspo.hello import file_refs, own_hello, say
@@ -30,7 +29,7 @@ from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.checkpoint import CheckpointError, Checkpoints
-from aspo_learner.data import Prompt, load_held_out
+from aspo_learner.data import Prompt, load_held_out, room_for_prompts
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.groups import describe_groups, mask_truncated
@@ -45,7 +44,14 @@ from aspo_learner.policy import load_policy
 from aspo_learner.publisher import Publisher
 from aspo_learner.ranks import Ranks
 from aspo_learner.releases import Releases
-from aspo_learner.report import RunHistory, describe_batch, describe_sets, save_batch
+from aspo_learner.report import (
+    RunHistory,
+    describe_batch,
+    describe_ended,
+    describe_sets,
+    log_step,
+    save_batch,
+)
 from aspo_learner.staleness import StalenessRule
 from aspo_learner.trainer import Trainer
 
@@ -70,13 +76,7 @@ class Learner:
         torch.manual_seed(config.run.seed)
         self._ranks = Ranks.join(config.learner)
         self.policy = load_policy(config, self._ranks)
-        context = min(self.policy.context_length, config.actor.engine.max_model_len or sys.maxsize)
-        self._room = context - config.sampling.max_tokens
-        if self._room < 1:
-            raise ConfigError(
-                f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in "
-                f"a context of {context} tokens; lower it"
-            )
+        self._room = room_for_prompts(config, self.policy.context_length)
         self._prompts = Prompts(config, self.policy.tokenizer, room=self._room, folder=fence.folder)
         held_out = load_held_out(config, self.policy.tokenizer, room=self._room)
         self.trainer = Trainer(self.policy, config)
@@ -482,35 +482,15 @@ class Learner:
             log.info("held-out greedy accuracy at step %d: %.3f", self.step, accuracy)
 
     def _record(self, metrics: dict[str, float], rollouts: int) -> None:
-        ended = self._intake.ended
-        metrics |= {
+        metrics |= describe_ended(self._intake.ended) | {
             "step": float(self.step),
             "queue_tasks": float(sum(self._tasks.depth().values())),
             "queue_rollouts": float(self._reader.depth()),
-            "ended_stale": float(ended["stale"]),
-            "ended_duplicate": float(ended["duplicate"]),
-            "ended_uninformative": float(ended["uninformative"]),
-            "ended_quarantined": float(
-                ended.total() - ended["stale"] - ended["duplicate"] - ended["uninformative"]
-            ),
         }
         if self._history.accuracy is not None:
             metrics["accuracy"] = self._history.accuracy
-        if metrics["reward_failed_fraction"] > 0:
-            log.warning(
-                "reward.function failed for %.0f %% of the samples; the actors' logs say where",
-                100 * metrics["reward_failed_fraction"],
-            )
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._fence.require()
         self._history.add(metrics, rollouts=rollouts)
         self._gauges.set(metrics)
-        log.info(
-            "step %d  reward %.3f  entropy %.3f  staleness %.1f  wait %.2f s  train %.2f s",
-            self.step,
-            metrics.get("reward", float("nan")),
-            metrics.get("entropy", float("nan")),
-            metrics["staleness_mean"],
-            metrics["wait_seconds"],
-            metrics["train_seconds"],
-        )
+        log_step(metrics)

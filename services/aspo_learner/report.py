@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from aspo_learner.policy import Policy
 from aspo_learner.publisher import Publisher
 from aspo_learner.staleness import StalenessRule, describe_staleness
 
+log = logging.getLogger(__name__)
 WARMUP_STEPS = 2  # waits of the first steps are the queue's filling, not the steady state
 
 
@@ -216,6 +219,30 @@ def _reward_parts(groups: Sequence[RolloutGroup]) -> dict[str, float]:
             values.setdefault(f"reward_part/{name}", []).append(part[~group.failed])
     scored = {name: np.concatenate(parts) for name, parts in values.items()}
     return {name: float(part.mean(dtype=np.float64)) for name, part in scored.items() if len(part)}
+
+
+def describe_ended(ended: Counter[str]) -> dict[str, float]:
+    """How many groups ended untrained since the learner's start, by reason; any other is a quarantine's."""
+    named = {f"ended_{reason}": float(ended[reason]) for reason in ("stale", "duplicate", "uninformative")}
+    return named | {"ended_quarantined": ended.total() - sum(named.values())}
+
+
+def log_step(metrics: Mapping[str, float]) -> None:
+    """Say in one line how a step went, and in another what went wrong with it."""
+    if metrics.get("reward_failed_fraction", 0.0) > 0:
+        log.warning(
+            "reward.function failed for %.0f %% of the samples; the actors' logs say where",
+            100 * metrics["reward_failed_fraction"],
+        )
+    log.info(
+        "step %d  reward %.3f  entropy %.3f  staleness %.1f  wait %.2f s  train %.2f s",
+        metrics["step"],
+        metrics.get("reward", float("nan")),
+        metrics.get("entropy", float("nan")),
+        metrics["staleness_mean"],
+        metrics["wait_seconds"],
+        metrics["train_seconds"],
+    )
 
 
 def save_batch(folder: Path, groups: Iterable[RolloutGroup]) -> Path:
