@@ -205,7 +205,7 @@ def read_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
         name, _, moment = key.rpartition("|")
         if name:
             like = parameters[name]
-            targets[key] = torch.zeros((), device=like.device) if moment == "step" else torch.zeros_like(like)
+            targets[key] = torch.empty((), device=like.device) if moment == "step" else torch.empty_like(like)
             optimizer.state[like][moment] = targets[key]
     planner.set_up_planner(targets, metadata, is_coordinator=True)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
