@@ -21,7 +21,7 @@ from ranked import environment
 from scripted import ScriptedActor
 from services import Service, wait_until
 
-STEPS = 12
+STEPS = 9
 TORCHRUN = (
     sys.executable,
     "-m",

@@ -28,7 +28,7 @@ BATCHES = [[(4, seed) for seed in range(4)], [(4, seed) for seed in range(4, 8)]
 VARIANTS = {
     "1 rank, offloaded": (1, True, ["learner.offload=true"]),
     "2 ranks, tied": (2, True, []),
-    "4 ranks, untied": (4, False, ["loss.ratio_reference=proximal", "learner.epochs=2"]),
+    "4 ranks, untied": (4, False, ["loss.ratio_reference=proximal"]),
     "2 copies on 2 ranks each": (
         4,
         True,
