@@ -65,7 +65,8 @@ def test_a_mistake_is_one_line(
     project: Path, busy_port: int, service: str, override: str, words: str
 ) -> None:
     override = override.format(folder=project, busy=busy_port)
-    command = Service(project, service, "--config", "config.toml", "--set", "actor.port=0", "--set", override)
+    settings = ("--set", "actor.port=0", "--set", override)
+    command = Service(project, service, "--config", "config.toml", *settings, forked=True)
     try:
         code = command.wait(90)
     finally:
@@ -105,7 +106,7 @@ def test_no_config_and_no_learner_are_said_plainly(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistake_about_weights_is_one_line(project: Path, arguments: list[str], words: str) -> None:
-    service = Service(project, *arguments)
+    service = Service(project, *arguments, forked=True)
     assert service.wait(30) == 2, service.text
     assert words in service.text
     assert service.text.strip().count("\n") == 0, service.text
