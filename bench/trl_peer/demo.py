@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from channel import Channel
 from datasets import Dataset
+from settings import COMMON
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
@@ -70,9 +71,6 @@ def settings(order: dict[str, Any], folder: str) -> GRPOConfig:
     return GRPOConfig(
         output_dir=folder,
         seed=order["seed"],
-        use_cpu=True,
-        bf16=False,
-        model_init_kwargs={"dtype": "float32"},
         num_generations=order["group_size"],
         max_completion_length=MAX_COMPLETION_TOKENS,
         temperature=1.0,
@@ -85,13 +83,8 @@ def settings(order: dict[str, Any], folder: str) -> GRPOConfig:
         warmup_steps=order["warmup_updates"],
         adam_beta1=order["betas"][0],
         adam_beta2=order["betas"][1],
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         max_steps=order["max_updates"],
-        gradient_checkpointing=False,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+        **COMMON,
     )
 
 

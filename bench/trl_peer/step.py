@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from channel import Channel, Moment
 from datasets import Dataset
+from settings import COMMON
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
@@ -82,9 +83,6 @@ def settings(order: dict[str, Any], sequences: int) -> GRPOConfig:
     """The step's settings in TRL's terms; what is not named is TRL's default."""
     return GRPOConfig(
         output_dir=str(Path(order["folder"]) / "trl"),
-        use_cpu=True,
-        bf16=False,
-        model_init_kwargs={"dtype": "float32"},
         num_generations=order["group_size"],
         max_completion_length=order["max_tokens"],
         per_device_train_batch_size=order["per_device_batch"],
@@ -95,14 +93,9 @@ def settings(order: dict[str, Any], sequences: int) -> GRPOConfig:
         epsilon=0.2,
         learning_rate=order["learning_rate"],
         lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
         max_steps=order["rounds"] * order["updates"],
-        gradient_checkpointing=False,
         logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
+        **COMMON,
     )
 
 

@@ -1,7 +1,7 @@
 """A handful of child processes that live and end together, each with a log file.
 
 with Processes(folder) as parts:
-    parts.start("actor-0", command, role="actor", restarts=5)
+    parts.start("actor-0", command, role="actors", restarts=5)
     while not parts.finished("learner"): ...
 """
 

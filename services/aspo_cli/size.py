@@ -32,7 +32,10 @@ _NOMINAL = re.compile(r"(\d+(?:\.\d+)?)\s*([BMbm])")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What of a model decides its size; `query` and `key` are heads times head size."""
+    """What of a model decides its size; `query` and `key` are heads times head size.
+
+    `tied` models have one tensor for embedding and head.
+    """
 
     name: str
     parameters: int
@@ -42,13 +45,19 @@ class Shape:
     query: int
     key: int
     vocabulary: int
+    tied: bool = False
+
+    @property
+    def outer(self) -> int:
+        """Weights outside of the layers: embedding and head."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
 # Published dense models, by which a mere number of parameters is given a shape.
 KNOWN = (
-    Shape("Qwen3-0.6B", 596_049_920, 28, 1024, 3072, 2048, 1024, 151_936),
-    Shape("Qwen3-1.7B", 1_720_574_976, 28, 2048, 6144, 2048, 1024, 151_936),
-    Shape("Qwen3-4B", 4_022_468_096, 36, 2560, 9728, 4096, 1024, 151_936),
+    Shape("Qwen3-0.6B", 596_049_920, 28, 1024, 3072, 2048, 1024, 151_936, tied=True),
+    Shape("Qwen3-1.7B", 1_720_574_976, 28, 2048, 6144, 2048, 1024, 151_936, tied=True),
+    Shape("Qwen3-4B", 4_022_468_096, 36, 2560, 9728, 4096, 1024, 151_936, tied=True),
     Shape("Qwen3-8B", 8_190_735_360, 36, 4096, 12288, 4096, 1024, 151_936),
     Shape("Qwen3-14B", 14_768_307_200, 40, 5120, 17408, 5120, 1024, 151_936),
     Shape("Qwen3-32B", 32_762_123_264, 64, 5120, 25600, 8192, 1024, 151_936),
@@ -118,6 +127,7 @@ def _shape_of_config(model: str) -> Shape:
             query=query * head,
             key=key * head,
             vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
         )
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -159,23 +169,34 @@ def learner_peak_bytes(
 ) -> int:
     """Of each GPU, when backward begins; AdamW's step takes less, for it works in place.
 
-    Micro-batches have `tokens`, or what is configured; states are sharded over the GPUs.
+    Micro-batches have `tokens`, or what is configured. On several GPUs the states are sharded, and what is
+    whole for a while is `_gathered_bytes`.
     """
     tokens = config.learner.micro_batch_tokens if tokens is None else tokens
-    shared = states_bytes(shape, config) + shape.vocabulary * shape.hidden * GRADIENT
-    shared += CAST * shape.parameters if mixed else 0
-    return shared // gpus + (TILES if mixed else 0) + _kept_bytes(shape, config, tokens, mixed=mixed)
+    held = states_bytes(shape, config) // gpus
+    if gpus > 1:
+        held += _gathered_bytes(shape)
+    else:
+        held += shape.vocabulary * shape.hidden * GRADIENT + (CAST * shape.parameters if mixed else 0)
+    return held + (TILES if mixed else 0) + _kept_bytes(shape, config, tokens, mixed=mixed)
+
+
+def _gathered_bytes(shape: Shape) -> int:
+    """Whole on each of several GPUs: embedding and head with their gradient, two layers in bf16 and one's."""
+    layer = max(0, shape.parameters - shape.outer) // shape.layers
+    return shape.outer * (MASTER + GRADIENT) + layer * (2 * CAST + GRADIENT)
 
 
 def fit_learner(shape: Shape, config: Config, least_tokens: int, room: int) -> tuple[int, int]:
     """The fewest GPUs, a power of two, on which one sequence can be trained on, and the tokens that then fit.
 
-    Raises ConfigError if its activations alone are too much.
+    Raises ConfigError if what every GPU holds is too much.
     """
-    if TILES + _kept_bytes(shape, config, least_tokens) >= room:
+    if TILES + _gathered_bytes(shape) + _kept_bytes(shape, config, least_tokens) >= room:
         raise ConfigError(
-            f"the activations of {least_tokens} tokens do not fit a GPU; name larger ones by --gpu-gib, set "
-            "learner.activation_checkpointing, or lower --prompt-tokens and sampling.max_tokens"
+            f"the activations of {least_tokens} tokens, embedding and head do not fit a GPU; name "
+            "larger ones by --gpu-gib, set learner.activation_checkpointing, or lower --prompt-tokens and "
+            "sampling.max_tokens"
         )
     gpus = 1
     while learner_peak_bytes(shape, config, tokens=least_tokens, gpus=gpus) > room:

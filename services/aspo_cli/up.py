@@ -83,11 +83,8 @@ class Service:
     def _own_settings(self, number: int) -> Iterator[str]:
         """What must differ from actor to actor."""
         actor, several = self.config.actor, len(self.shares.actors) > 1
-        yield (
-            f'actor.id="{actor.id or "actor"}-{number}"'
-            if several or not actor.id
-            else f"actor.id={actor.id}"
-        )
+        if several or not actor.id:
+            yield f'actor.id="{actor.id or "actor"}-{number}"'
         if actor.port:
             yield f"actor.port={actor.port + number}"
         if actor.probe_port:

@@ -12,13 +12,12 @@ Deviations from the reference code (github.com/wizard-III/Archer2.0, a fork of v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Estimator = Literal["grpo", "dr-grpo", "rloo", "reinforce++"]
-ESTIMATORS = ("grpo", "dr-grpo", "rloo", "reinforce++")
+from aspo.config import Estimator
 
 
 def batch_advantages(rewards: Sequence[Tensor], estimator: Estimator = "grpo") -> list[Tensor]:
@@ -44,8 +43,9 @@ def group_advantages(rewards: Tensor, *, estimator: Literal["grpo", "dr-grpo", "
     others. Raises ValueError for rewards that are not finite, not [G], or for an unknown estimator.
     Source: arXiv 2402.03300, 2503.20783, 2402.14740.
     """
-    if estimator not in ESTIMATORS[:3]:
-        raise ValueError(f"unknown estimator {estimator!r}: use one of {', '.join(ESTIMATORS)}")
+    if estimator not in ("grpo", "dr-grpo", "rloo"):
+        known = ", ".join(get_args(Estimator))
+        raise ValueError(f"unknown estimator {estimator!r} of one group: use one of {known}")
     if not is_informative(rewards):
         return torch.zeros_like(_as_float(rewards))
     centred = _as_float(rewards) - _as_float(rewards).mean()

@@ -129,8 +129,9 @@ def _padded(
     query: Tensor, key: Tensor, value: Tensor, bucket: Bucket, scaling: float | None, window: int | None
 ) -> Tensor:
     """Attention of one bucket; [n, heads, D]. Padding comes last, so that no real token sees it."""
-    banded = window is not None and window < bucket.width
-    mask = _band(bucket.width, window, query.device) if banded and window is not None else None
+    mask = None
+    if window is not None and window < bucket.width:
+        mask = _band(bucket.width, window, query.device)
     q, k, v = (_pad(tensor, bucket) for tensor in (query, key, value))
     padded = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True

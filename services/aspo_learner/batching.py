@@ -125,7 +125,8 @@ def _nothing() -> TrainingSequence:
 def equal_parts(lengths: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:
     """Part sequences into as few runs of about equally many tokens as `max_tokens` allows, longest first.
 
-    A sequence longer than `max_tokens` is a part of its own. As far as that goes, they are a multiple.
+    A sequence longer than `max_tokens` is a part of its own. Where sequences are many and short the number of
+    parts is a multiple of `multiple`.
     """
     count = max(1, math.ceil(sum(lengths) / max_tokens / multiple)) * multiple
     share, parts, taken = sum(lengths) / count, [list[int]()], 0

@@ -1,6 +1,6 @@
 """Prompts: from files and data sets to token ids, as the engine gets them; nothing is tokenised again.
 
-reader = PromptReader(config.data, chosen, tokenizer, max_prompt_tokens=room)
+reader = PromptReader(config.data, chosen, tokenizer, room=room)
 prompts = load_prompts(reader)          # one pass; `reader.counts` says what was left out
 """
 

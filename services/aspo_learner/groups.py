@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from aspo.schemas import FloatArray, RolloutGroup
+from aspo_learner.advantages import is_informative
 
 
-def agree(group: RolloutGroup) -> bool:
-    """Whether all of a group got the same reward, so that there is nothing to learn from it."""
-    return bool(np.ptp(group.rewards) == 0)
+def teaches(group: RolloutGroup) -> bool:
+    """Whether the group's rewards differ, so that there is something to learn from it."""
+    return is_informative(torch.tensor(group.rewards))
 
 
 def mask_truncated(group: RolloutGroup, weights: FloatArray) -> FloatArray:
@@ -29,7 +31,7 @@ def describe_groups(groups: Sequence[RolloutGroup], refilled: Sequence[RolloutGr
     A reward above 0 counts as right.
     """
     arrived = [*groups, *refilled]
-    same = [float(group.rewards[0]) for group in arrived if agree(group)]
+    same = [float(group.rewards[0]) for group in arrived if not teaches(group)]
     return {
         "refilled_groups": float(len(refilled)),
         "all_right_fraction": sum(reward > 0 for reward in same) / len(arrived),

@@ -41,11 +41,12 @@ class _FusedHead(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logprobs, entropy, logsumexp = torch.empty(3, len(hidden), 1, dtype=exact, device=hidden.device)
-        for rows in _slices(len(hidden), hidden.device, 0):
+        tile = _tile(hidden.device)
+        for rows in _slices(len(hidden), tile[0]):
             target, picked = targets[rows, None], torch.zeros_like(logsumexp[rows])
             high = torch.full_like(picked, -torch.inf)
             total, moment = torch.zeros_like(picked), torch.zeros_like(picked)
-            for columns in _slices(len(weight), hidden.device, 1):
+            for columns in _slices(len(weight), tile[1]):
                 logits = _logits(hidden[rows], weight[columns], temperature)
                 here, index = _locate(target, columns)
                 picked = torch.where(here, logits.gather(1, index), picked)
@@ -67,9 +68,10 @@ class _FusedHead(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.zeros_like(hidden, dtype=logsumexp.dtype) if wants_hidden else None
         weight_grad = torch.zeros_like(weight) if wants_weight else None
-        for columns in _slices(len(weight), hidden.device, 1):
+        tile = _tile(hidden.device)
+        for columns in _slices(len(weight), tile[1]):
             part = weight[columns].to(hidden.dtype)
-            for rows in _slices(len(hidden), hidden.device, 0):
+            for rows in _slices(len(hidden), tile[0]):
                 slope = slopes(_logits(hidden[rows], part, ctx.temperature), rows, columns).to(hidden.dtype)
                 if hidden_grad is not None:
                     hidden_grad[rows] += _product(slope, part)
@@ -139,6 +141,9 @@ def _locate(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     return (index >= 0) & (index < width), index.clamp(0, width - 1)
 
 
-def _slices(length: int, device: torch.device, axis: int) -> Iterator[slice]:
-    step = _TILES.get(device.type, _TILES["cuda"])[axis]
+def _tile(device: torch.device) -> tuple[int, int]:
+    return _TILES.get(device.type, _TILES["cuda"])
+
+
+def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))

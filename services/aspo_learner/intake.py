@@ -15,7 +15,7 @@ from aspo.codec import CodecError, decode_group, validate_group
 from aspo.queue import Delivery, RolloutReader
 from aspo.schemas import IntArray, PolicyVersion, RolloutGroup
 from aspo_learner.dispatcher import task_index
-from aspo_learner.groups import agree
+from aspo_learner.groups import teaches
 from aspo_learner.ledger import Ledger
 from aspo_learner.staleness import StalenessRule
 
@@ -229,7 +229,7 @@ class Intake:
         """Make room for groups that teach something; no more of them than `most` for one batch."""
         kept: deque[tuple[int, RolloutGroup]] = deque()
         for index, group in self._ready:
-            if len(self._refilled) < most and agree(group):
+            if len(self._refilled) < most and not teaches(group):
                 self.ended["uninformative"] += 1
                 self._refilled.append(group)
                 self._end(index)

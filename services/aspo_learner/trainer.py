@@ -26,8 +26,9 @@ from aspo.codec import encode_group
 from aspo.config import Config, ConfigError, LossConfig
 from aspo.schemas import FloatArray, IntArray, RolloutGroup
 from aspo_learner import losses
-from aspo_learner.advantages import batch_advantages, is_informative
+from aspo_learner.advantages import batch_advantages
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
+from aspo_learner.groups import teaches
 from aspo_learner.optimizer import Updater
 from aspo_learner.policy import Policy
 from aspo_learner.ranks import Forget, Ranks, Resume, Train
@@ -71,12 +72,11 @@ class Trainer:
         if self._ranks.size > 1:
             self._ranks.announce(_order(groups, weights, lags))
         none: list[Any] = [None] * len(groups)
-        rewards = [torch.tensor(group.rewards) for group in groups]
-        advantages = batch_advantages(rewards, self._estimator)
+        advantages = batch_advantages([torch.tensor(group.rewards) for group in groups], self._estimator)
         informative = [
             (group, own.tolist(), weight, lag)
             for group, own, weight, lag in zip(groups, advantages, weights or none, lags or none, strict=True)
-            if is_informative(torch.tensor(group.rewards)) and (weight is None or weight.any())
+            if teaches(group) and (weight is None or weight.any())
         ]
         sequences = [
             sequence

@@ -29,6 +29,7 @@ from aspo import failpoints
 from aspo.errors import AspoError
 from aspo.task_config import CodeConfig as CodeConfig
 from aspo.task_config import DataConfig as DataConfig
+from aspo.task_config import Estimator as Estimator
 from aspo.task_config import EvalConfig as EvalConfig
 from aspo.task_config import Fraction, Name, Section
 from aspo.task_config import GroupsConfig as GroupsConfig

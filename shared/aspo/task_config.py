@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+Estimator = Literal["grpo", "dr-grpo", "rloo", "reinforce++"]
 RewardStyle = Literal["plain", "trl", "trl-chat"]
 
 
@@ -130,7 +131,7 @@ class SamplingConfig(Section):
 class GroupsConfig(Section):
     """What a group of completions teaches."""
 
-    advantage: Literal["grpo", "dr-grpo", "rloo", "reinforce++"] = Field(
+    advantage: Estimator = Field(
         "grpo", description="How rewards become advantages; reinforce++ is its variant with group baseline."
     )
     refill: int = Field(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from aspo.config import RewardConfig, RewardPart
+from aspo_actor.rewards import overlong_penalty
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer
 
@@ -113,6 +114,17 @@ def scorers() -> Iterator[dict[str, Scorer]]:
     yield found
     for scorer in found.values():
         scorer.__exit__(None, None, None)
+
+
+def test_overlong_penalty_falls_over_the_buffer() -> None:
+    def penalty(tokens: int, buffer: int) -> float:
+        return overlong_penalty("", completion_tokens=tokens, max_tokens=100, buffer=buffer)
+
+    want = {0: 0.0, 80: 0.0, 81: -0.05, 90: -0.5, 100: -1.0, 110: -1.5}
+    assert {tokens: penalty(tokens, 20) for tokens in want} == pytest.approx(want)
+    for buffer in (0, -1, 101):
+        with pytest.raises(ValueError, match="buffer"):
+            penalty(10, buffer)
 
 
 @pytest.mark.parametrize(("part", "completion", "answer", "reward"), CASES)

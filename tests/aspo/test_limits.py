@@ -6,7 +6,6 @@ import http.client
 import json
 import signal
 import socket
-import statistics
 import threading
 import time
 import urllib.request
@@ -228,12 +227,20 @@ def test_probes_answer_through_slow_clients_a_flood_and_big_bodies(app: FastAPI)
         before = resident()
         sender.start()
         with flooding(port, "/v1/said", connections=100), flooding(port, "/livez", connections=100):
-            # Those of the API's own port, too: they wait for their turn, and not for long.
-            urls = [base + path for base in (probes, f"http://127.0.0.1:{port}") for path in PROBES]
-            slowest = [max(map(seconds_to, urls)) for _ in range(5)]
+            worst = 0.0
+            for _ in range(3):
+                # Those of the API's own port, too: they wait for their turn, and not for long.
+                worst = max(
+                    worst,
+                    *(
+                        seconds_to(base + path)
+                        for base in (probes, f"http://127.0.0.1:{port}")
+                        for path in PROBES
+                    ),
+                )
         stop.set()
         sender.join()
-        assert statistics.median(slowest) < 1.0  # one may meet another program's burst
+        assert worst < 1.0
         assert resident() - before < 64 * 2**20
         assert all(is_cut_off(client) for client in slow)
         assert works(port)

@@ -21,6 +21,7 @@ from aspo.config import ConfigError
 from aspo_cli import size
 from aspo_cli.main import app
 from aspo_cli.size import KNOWN, Shape, estimate, load_settings, shape_of
+from aspo_learner import head
 from aspo_learner.attention import PACKED, Packing
 from models import save_model, tiny_qwen3
 from rollouts import make_plain_group
@@ -36,7 +37,7 @@ def test_parameters_of_a_folder_are_counted_exactly(tmp_path: Path, tied: bool) 
     folder = save_model(tmp_path / "model", tied=tied, hidden_size=64, layers=2)
     (folder / "model.safetensors").unlink()  # the config alone is read
     made = tiny_qwen3(tied=tied, hidden_size=64, layers=2)
-    expected = Shape(str(folder), made.num_parameters(), 2, 64, 128, 64, 32, 16)
+    expected = Shape(str(folder), made.num_parameters(), 2, 64, 128, 64, 32, 16, tied)
     assert shape_of(str(folder)) == expected
 
 
@@ -50,7 +51,7 @@ def test_the_known_shapes_are_those_of_the_models(known: Shape) -> None:
         "num_attention_heads": known.query // 128,
         "num_key_value_heads": known.key // 128,
         "head_dim": 128,
-        "tie_word_embeddings": known.hidden <= 2560,
+        "tie_word_embeddings": known.tied,
     }
     with torch.device("meta"):
         if known.name.startswith("Llama"):
@@ -123,6 +124,11 @@ def test_the_cache_of_a_token_is_that_of_a_real_model() -> None:
     shape = Shape("tiny", model.num_parameters(), 3, 128, 256, 128, 64, 16)
     config = load_settings(None, ["model.dtype=float32"])
     assert estimate(shape, config, actors=1, gpu_bytes=2**36).actor_kv_per_token == held // 10
+
+
+def test_the_head_holds_as_many_tiles_of_its_size_as_are_counted() -> None:
+    rows, columns = head._TILES["cuda"]
+    assert 4 * rows * columns * 4 == size.TILES  # four of them, in fp32
 
 
 def test_redis_holds_what_the_wire_encodes() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from aspo_learner.groups import agree, describe_groups, mask_truncated
+from aspo_learner.groups import describe_groups, mask_truncated, teaches
 from rollouts import make_plain_group
 
 
@@ -14,7 +14,7 @@ def test_groups_of_one_mind_are_counted_by_what_they_agree_on() -> None:
     rewards = ([1, 1], [0.5, 0.5], [0, 0], [-1, -1], [1, 0])
     groups = [make_plain_group([[("r/1/0", 2)]] * 2, rewards=own) for own in rewards]
     groups[2] = dataclasses.replace(groups[2], rewards=np.zeros(2, np.float32))
-    assert [agree(group) for group in groups] == [True, True, True, True, False]
+    assert [teaches(group) for group in groups] == [False, False, False, False, True]
     assert describe_groups(groups, [groups[0], groups[2], groups[2]]) == {
         "refilled_groups": 3,
         "all_right_fraction": 3 / 8,
