@@ -84,6 +84,7 @@ def actor(config: ConfigPath, overrides: Overrides = None) -> None:
 def up(
     config: ConfigPath,
     actors: Annotated[int, typer.Option(min=0, max=64, help="Actors on this machine.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Processes of the learner, one a GPU.")] = 1,
     redis: Annotated[
         str | None,
         typer.Option(
@@ -95,7 +96,7 @@ def up(
     """Run Redis, the learner and its actors on this machine: aspo up --config my.toml --actors 3"""
     from aspo_cli.up import run_up
 
-    raise typer.Exit(run_up(config, actors, redis, overrides or []))
+    raise typer.Exit(run_up(config, actors, redis, overrides or [], ranks=ranks))
 
 
 @app.command()

@@ -23,10 +23,10 @@ class Shares:
     words: str
 
 
-def split_machine(config: Config, actors: int) -> Shares:
+def split_machine(config: Config, actors: int, ranks: int = 1) -> Shares:
     """Split this machine's GPUs, or where it has none its cores; raises ConfigError if there are too few."""
     gpus = visible_gpus()
-    return split_gpus(gpus, config, actors) if gpus else split_cores(usable_cores(), actors)
+    return split_gpus(gpus, config, actors, ranks) if gpus else split_cores(usable_cores(), actors, ranks)
 
 
 def visible_gpus() -> list[str]:
@@ -45,27 +45,26 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def split_gpus(gpus: list[str], config: Config, actors: int) -> Shares:
-    """The first GPU for the learner, unless it runs on a CPU; then for each actor what its engine takes."""
+def split_gpus(gpus: list[str], config: Config, actors: int, ranks: int = 1) -> Shares:
+    """A GPU for each rank of the learner, if not on a CPU; then for each actor what its engine takes."""
     device, engine = config.learner.device, config.actor.engine
     if device.startswith("cuda:"):
-        raise ConfigError(
-            f"learner.device is {device}, and the learner gets one GPU of its own; set it to cuda"
-        )
-    own = 0 if device == "cpu" else 1
+        raise ConfigError(f"learner.device is {device}, and the learner gets GPUs of its own; set it to cuda")
+    own = 0 if device == "cpu" else ranks
     each = engine.tensor_parallel_size * engine.data_parallel_size
     each *= int(engine.extra.get("pipeline_parallel_size", 1))
     needed = own + actors * each
     if needed > len(gpus):
         raise ConfigError(
-            f"{own} GPU for the learner and {each} for each of {actors} actors make {needed}, and there are "
-            f"{len(gpus)}; lower --actors or actor.engine's parallel sizes, or set {VISIBLE}= to run on CPUs"
+            f"{own} GPUs for the learner and {each} for each of {actors} actors make {needed}, and there are "
+            f"{len(gpus)}; lower --actors, --ranks or actor.engine's parallel sizes, or set {VISIBLE}= to "
+            "run on CPUs"
         )
     starts = range(own, needed, each)
     of_actors = [",".join(gpus[start : start + each]) for start in starts]
     words = "; ".join(
         [
-            f"learner on GPU {gpus[0]}" if own else "learner on the CPU",
+            f"learner on GPUs {','.join(gpus[:own])}" if own else "learner on the CPU",
             f"actors on GPUs {' '.join(of_actors)}",
         ]
     )
@@ -76,8 +75,8 @@ def split_gpus(gpus: list[str], config: Config, actors: int) -> Shares:
     )
 
 
-def split_cores(cores: int, actors: int) -> Shares:
-    """Half of the cores, in threads, for the learner and the rest for the actors, at least one each.
+def split_cores(cores: int, actors: int, ranks: int = 1) -> Shares:
+    """Half of the cores, in threads, for the learner and the rest for the actors, at least one a process.
 
     Nobody is pinned: learner and actors wait for each other, and an idle core is anybody's. A number of
     threads that was set from outside is kept.
@@ -88,7 +87,7 @@ def split_cores(cores: int, actors: int) -> Shares:
     own = max(1, cores // 2)
     each = max(1, (cores - own) // max(1, actors))
     return Shares(
-        {THREADS: str(own)},
+        {THREADS: str(max(1, own // ranks))},
         [{THREADS: str(each)} for _ in range(actors)],
         f"learner on {own} of {cores} cores, {each} for each actor",
     )

@@ -41,6 +41,7 @@ class Service:
     overrides: list[str]
     shares: Shares
     own_redis: bool
+    ranks: int = 1
     restarts: int = RESTARTS
 
     def start(self, parts: Processes) -> None:
@@ -49,10 +50,11 @@ class Service:
             self._start_redis(parts)
         known = {"ASPO_REDIS__URL": self.config.redis.url}  # not on the command line, where all can read it
         command = [sys.executable, "-m", "aspo_cli"]
+        ranked = [sys.executable, "-m", "aspo_cli.ranks", str(self.ranks)]
         flags = ["--config", str(self.path)] + [part for text in self.overrides for part in ("--set", text)]
         parts.start(
             "learner",
-            [*command, "learner", *flags],
+            [*(ranked if self.ranks > 1 else [*command, "learner"]), *flags],
             environment=known | self.shares.learner,
             restarts=self.restarts,
             grace_s=LEARNER_GRACE_S,
@@ -91,10 +93,10 @@ class Service:
             yield f"actor.probe_port={actor.probe_port + number}"
 
 
-def run_up(path: Path, actors: int, redis_url: str | None, overrides: list[str]) -> int:
+def run_up(path: Path, actors: int, redis_url: str | None, overrides: list[str], *, ranks: int = 1) -> int:
     """Run the service until its training is complete, and return the exit code."""
     setup_logging()
-    service = plan(path, actors, redis_url, overrides)
+    service = plan(path, actors, redis_url, overrides, ranks=ranks)
     console = Console(highlight=False)
     url, logs = service.config.actor.learner_url, service.config.run.path / "logs"
     try:
@@ -115,7 +117,7 @@ def run_up(path: Path, actors: int, redis_url: str | None, overrides: list[str])
     return 0
 
 
-def plan(path: Path, actors: int, redis_url: str | None, overrides: list[str]) -> Service:
+def plan(path: Path, actors: int, redis_url: str | None, overrides: list[str], *, ranks: int = 1) -> Service:
     """Read the config and divide the machine; raises ConfigError for what cannot work on one machine."""
     config = load_config(path, [*overrides, f"redis.url={redis_url}"] if redis_url else overrides)
     _check_addresses(config, actors)
@@ -123,7 +125,8 @@ def plan(path: Path, actors: int, redis_url: str | None, overrides: list[str]) -
         config=config,
         path=path,
         overrides=[text for text in overrides if not (redis_url and text.startswith("redis.url="))],
-        shares=split_machine(config, actors),
+        shares=split_machine(config, actors, ranks),
+        ranks=ranks,
         own_redis=redis_url is None and is_plain_loopback(config.redis.url),
     )
 

@@ -41,10 +41,22 @@ def up(project: Path) -> Iterator[Service]:
     service.stop(timeout_s=120)
 
 
+@pytest.fixture
+def ranked_up(project: Path) -> Iterator[Service]:
+    """`aspo up` with a learner of two processes, without an actor."""
+    service = Service(project, "up", "--config", "my.toml", "--actors", "0", "--ranks", "2")
+    yield service
+    service.stop(timeout_s=120)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def pid_of(service: Service, word: str) -> int | None:
     """The process that `aspo up` has started with a word in its command line, None while there is none."""
-    children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
-    found = [int(pid) for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
+    children = children_of(service.process.pid)
+    found = [pid for pid in children if word in Path(f"/proc/{pid}/cmdline").read_text()]
     return found[0] if found else None
 
 
@@ -75,6 +87,24 @@ def test_a_learner_that_dies_comes_back_and_all_ends_in_order(
     assert not is_served(port)
     assert list((folder / "state" / "checkpoints").iterdir())
     assert "stopping after this step" in (folder / "logs" / "learner.log").read_text()
+
+
+@pytest.mark.faults
+def test_a_learner_of_two_ranks_comes_back_when_one_dies(
+    ranked_up: Service, project: Path, port: int, run: str
+) -> None:
+    url, folder = learner_url(project), project / "runs" / run
+    wait_until(lambda: step_of(url) >= 0, 90, (ranked_up,))
+    with ScriptedActor(f"redis://127.0.0.1:{port}/0", run, folder):
+        wait_until(lambda: step_of(url) >= 1, 60, (ranked_up,))
+        launcher = pid_of(ranked_up, "aspo_cli.ranks")
+        assert launcher is not None
+        os.kill(children_of(launcher)[1], signal.SIGKILL)
+        wait_until(lambda: pid_of(ranked_up, "aspo_cli.ranks") not in (launcher, None), 60, (ranked_up,))
+        wait_until(lambda: step_of(url) >= 3, 90, (ranked_up,))
+    assert ranked_up.stop(signal.SIGINT) == 130, ranked_up.text
+    assert list((folder / "state" / "checkpoints").resolve().glob("*/model-00001-of-00002.safetensors"))
+    assert pids_of_session(project) == []
 
 
 @pytest.mark.faults
@@ -109,9 +139,13 @@ def pids_of_session(project: Path) -> list[int]:
     return found
 
 
-def test_a_mistake_of_a_part_ends_all_at_once_with_its_words(project: Path, port: int, run: str) -> None:
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.faults)])
+def test_a_mistake_of_a_part_ends_all_at_once_with_its_words(
+    project: Path, port: int, run: str, ranks: int
+) -> None:
     """It would come again, so nothing is started a second time."""
-    service = Service(project, "up", "--config", "my.toml", "--actors", "0", "--set", "model.path=nowhere")
+    flags = ["--config", "my.toml", "--actors", "0", "--ranks", str(ranks), "--set", "model.path=nowhere"]
+    service = Service(project, "up", *flags)
     assert service.wait(60) == 2, service.text
     assert "learner ended with code 2" in service.text
     assert "model.path 'nowhere' cannot be loaded" in service.text
@@ -156,6 +190,11 @@ def test_gpus_are_split_and_too_few_are_refused(project: Path) -> None:
     with pytest.raises(ConfigError, match="make 7, and there are 5; lower --actors"):
         split_gpus(["4", "5", "6", "7", "8"], config, 3)
     on_cpu = load_config(project / "my.toml", ["learner.device=cpu"])
+    split = split_gpus(["0", "1", "2", "3"], config, 1, ranks=2)
+    assert (split.learner, split.actors) == (
+        {"CUDA_VISIBLE_DEVICES": "0,1"},
+        [{"CUDA_VISIBLE_DEVICES": "2,3"}],
+    )
     split = split_gpus(["0", "1"], on_cpu, 2)
     assert (split.learner["CUDA_VISIBLE_DEVICES"], len(split.actors)) == ("", 2)
     with pytest.raises(ConfigError, match="set it to cuda"):
@@ -189,6 +228,7 @@ def test_cores_are_split_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv(shares.THREADS, raising=False)
     assert split_cores(16, 3).learner == {"OMP_NUM_THREADS": "8"}
     assert [share["OMP_NUM_THREADS"] for share in split_cores(16, 3).actors] == ["2", "2", "2"]
+    assert split_cores(16, 3, ranks=4).learner == {"OMP_NUM_THREADS": "2"}
     assert split_cores(1, 2).actors == [{"OMP_NUM_THREADS": "1"}] * 2
     monkeypatch.setenv(shares.THREADS, "3")
     assert split_cores(16, 1) == Shares({}, [{}], "3 threads each, as OMP_NUM_THREADS says")
