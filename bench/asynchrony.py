@@ -1,7 +1,8 @@
 """What asynchrony pays: training steps a second at the default max_staleness against max_staleness = 0.
 
-The learner, Redis and their queues are the real processes, with the demo's model, problems and config (32
-prompts of 8 samples a batch, one learner thread); so are the actor's worker (claims, leases, storing) and
+The learner, Redis and their queues are the real processes, with the demo's model (without its warm start,
+for nothing here depends on what it says), problems and config (32 prompts of 8 samples a batch, trained on
+twice, one learner thread); so are the actor's worker (claims, leases, storing) and
 the verified weights that it pulls for every version. Only the engine is simulated: a group takes a fixed time
 in which nothing is computed, a batch of groups at once, and its completions are the teacher's demonstrations,
 half of them rewarded. That latency is the learner's own pace: the seconds a step takes in a first run whose
@@ -35,6 +36,7 @@ from aspo.schemas import PolicyVersion, VersionSpan
 from aspo.weights.client import Mirror, VersionGone, WeightClient
 from aspo.weights.manifest import WeightsError
 from aspo_actor.completion import Completion
+from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scores
 from aspo_actor.worker import Worker
 from aspo_cli import demo_model
@@ -59,8 +61,13 @@ class SimulatedEngine:
         """`n` completions of a prompt."""
         version = self.version
         await asyncio.sleep(self._latency_s)
-        prompt = self._tokenizer.decode(prompt_ids)
+        prompt = self.text_of(prompt_ids)
         return [self._completion(prompt, version) for _ in range(n)]
+
+    def text_of(self, token_ids: Sequence[int]) -> str:
+        """Decode tokens."""
+        text: str = self._tokenizer.decode(token_ids)
+        return text
 
     def _completion(self, prompt: str, version: str) -> Completion:
         text = demonstrate(prompt, self._random, forget=demo_model.FORGET)
@@ -72,10 +79,10 @@ class SimulatedEngine:
 class HalfRight:
     """Scores every other sample 1, so that each group teaches something."""
 
-    async def score(self, texts: Sequence[str], inputs: dict[str, Any]) -> Scores:
+    async def score(self, answers: Answers) -> Scores:
         """Rewards of a group."""
-        rewards = (np.arange(len(texts)) % 2).astype(np.float32)
-        return Scores(rewards, np.zeros(len(texts), dtype=bool))
+        rewards = (np.arange(len(answers.completions)) % 2).astype(np.float32)
+        return Scores(rewards, np.zeros(len(rewards), dtype=bool), {})
 
 
 class Follower:
@@ -158,7 +165,7 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     problems = folder / "problems"
     problems.mkdir()
     demo_model.write_problems(problems, seed=0)
-    demo_model.make_model(problems / "initial-model", 0, lambda step, loss: None)
+    demo_model.make_model(problems / "initial-model", 0, lambda step, loss: None, steps=0)
     latency_s = run(folder / "pace", problems, None, 0.0, steps)
     seconds: dict[str, list[float]] = {"asynchronous": [], "synchronous": []}
     for number in range(rounds):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,20 @@ def write_problems(folder: Path, seed: int) -> None:
         (folder / name).write_text("".join(f"{row}\n" for row in rows))
 
 
-def make_model(folder: Path, seed: int, on_step: Callable[[int, float], None]) -> None:
-    """Make, warm-start and save the model and its tokenizer; calls `on_step(step, loss)` after every step."""
+def make_model(
+    folder: Path, seed: int, on_step: Callable[[int, float], None], *, steps: int = WARM_STEPS
+) -> None:
+    """Make, warm-start and save the model and its tokenizer; calls `on_step(step, loss)` after every step.
+
+    With fewer `steps` it works problems no better than chance, which is enough to measure speed.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the caller shows its own
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)
     model = _new_model(tokenizer)
-    for step, loss in enumerate(_warm_start(model, tokenizer, seed), start=1):
+    for step, loss in enumerate(islice(_warm_start(model, tokenizer, seed), steps), start=1):
         on_step(step, loss)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
