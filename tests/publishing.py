@@ -50,6 +50,10 @@ class StepsOfContent:
         for name, tensor in content(self.version).items():
             copy.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
 
+    def base(self) -> dict[str, Tensor]:
+        """Nothing: these are no adapters."""
+        return {}
+
     def published_files(self) -> dict[str, bytes]:
         """The files beside the weights."""
         return FILES

@@ -17,6 +17,7 @@ from pathlib import Path
 from aspo.schemas import PolicyVersion
 from aspo.weights.client import Mirror, PullStats, Update, VersionGone, WeightClient
 from aspo.weights.manifest import WeightsError
+from aspo.weights.state import tensor_digest
 from aspo_actor.engine import EngineError, RolloutEngine, UpdateTimings, WeightsRefusedError
 from aspo_actor.patch import write_patch
 from aspo_actor.trial import Trials
@@ -160,7 +161,7 @@ class WeightSync:
         if not files:
             folder = self._folder / "whole"
             folder.mkdir(parents=True, exist_ok=True)
-            files = await asyncio.to_thread(self._mirror.state.save, folder)
+            files = await asyncio.to_thread(self._mirror.weights.save, folder)
         try:
             return await self._engine.apply_weights(files, version)
         except WeightsRefusedError as error:
@@ -186,7 +187,7 @@ class WeightSync:
         manifest = self._mirror.manifest
         assert manifest is not None
         try:
-            await asyncio.to_thread(self._mirror.state.verify, manifest)
+            await self._mirror.restore()
         except WeightsError as error:
             log.error("the actor's own copy is damaged (%s); fetching a snapshot", error)
             plan = await self._client.latest()
@@ -200,6 +201,8 @@ class WeightSync:
         names = next(self._audits)
         found = await self._engine.digests(names)
         expected = {info.name: info.digest for info in manifest.tensors}
+        for name in found.keys() - expected.keys():  # adapters are published, not what they are merged into
+            expected[name] = tensor_digest(self._mirror.weights.tensors[name])
         wrong = [name for name, digest in found.items() if digest != expected[name]]
         if wrong:
             await self._engine.condemn(f"{manifest.version}: {wrong[0]} in the engine is not as published")
@@ -212,7 +215,7 @@ def _rounds(mirror: Mirror) -> Iterator[list[str]]:
     while True:
         part: list[str] = []
         size = 0
-        for name, tensor in list(mirror.state.tensors.items()):
+        for name, tensor in list(mirror.weights.tensors.items()):
             if part and size + tensor.nbytes > AUDIT_BYTES:
                 yield part
                 part, size = [], 0

@@ -21,13 +21,15 @@ from aspo.weights.store import WeightStore
 from aspo_cli.ask import require_url
 
 
-def pull_version(url: str, token: str | None, version: str | None, folder: Path) -> Path:
+def pull_version(
+    url: str, token: str | None, version: str | None, folder: Path, *, adapter: bool = False
+) -> Path:
     """Download and verify a version, then put it at `folder`; raises AspoError for a folder that exists."""
     if os.path.lexists(folder):
         raise ConfigError(f"{folder} exists; name a folder that does not")
 
     async def write(client: WeightClient, plan: Plan, scratch: Path) -> Path:
-        await export(client, plan, scratch / "model")
+        await export(client, plan, scratch / "model", adapter=adapter)
         # Whole or not at all: the folder appears under its name only when it is complete.
         return (scratch / "model").rename(folder)
 

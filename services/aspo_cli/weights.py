@@ -60,13 +60,16 @@ def show(
 def pull(
     folder: Annotated[Path, typer.Argument(help="Where to write the model; must not exist yet.")],
     version: Annotated[str | None, typer.Option(help="run/epoch/step; the live one by default.")] = None,
+    adapter: Annotated[
+        bool, typer.Option(help="Of a run with learner.lora: the adapters, for peft.")
+    ] = False,
     learner: LearnerUrl = DEFAULT_LEARNER,
     token: Token = None,
 ) -> None:
-    """Download and verify a version as a folder that from_pretrained and vLLM load."""
+    """Download and verify a version as a folder that from_pretrained and vLLM load, adapters merged."""
     from aspo_cli.pull import pull_version
 
-    typer.echo(pull_version(learner, token, version, folder))
+    typer.echo(pull_version(learner, token, version, folder, adapter=adapter))
 
 
 @app.command()

@@ -171,7 +171,7 @@ def write_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     end = ".safetensors" if ranks.size == 1 else f"-{ranks.rank:05}-of-{ranks.size:05}.safetensors"
     files = [folder / f"{kind}{end}" for kind in ("model", "optimizer")]
     try:
-        _save_file(dict(model.named_parameters()), files[0], first=ranks.leads)
+        _save_file(_trained(model), files[0], first=ranks.leads)
         reach("checkpoint.shard")
         _save_file(_flatten(optimizer, model), files[1], first=ranks.leads)
         digests = {file.name: _digest(file) for file in files}
@@ -198,7 +198,7 @@ def read_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     """Read this rank's parts of all tensors in place, however many ranks have written them."""
     reader, planner = HuggingFaceStorageReader(str(folder)), DefaultLoadPlanner()
     metadata = reader.read_metadata()
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    parameters = _trained(model)
     targets = parameters.copy()
     optimizer.state.clear()
     for key in metadata.state_dict_metadata:
@@ -214,15 +214,20 @@ def read_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 def _require_same(folder: Path, model: nn.Module) -> None:
-    """Raise ConfigError unless the checkpoint is of a model of the same shapes."""
+    """Raise ConfigError unless the checkpoint is of a model, or of adapters, of the same shapes."""
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model).items():
         found = saved.get(name)
         if not isinstance(found, TensorStorageMetadata) or found.size != parameter.shape:
             raise ConfigError(
                 f"{folder} is of another model ({name} differs); choose another run.name, or set "
-                "model.path back"
+                "model.path and learner.lora back"
             )
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model: what is frozen comes from model.path again."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _save_file(tensors: Mapping[str, Tensor], path: Path, *, first: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from aspo.config import Config, ConfigError, ModelConfig, Precision
+from aspo.lora_config import LoraConfig
+from aspo.weights.adapters import CONFIG, merge, pairs, scaling_of
+from aspo.weights.manifest import state_digest
+from aspo.weights.state import describe
+from aspo_learner import adapters
 from aspo_learner.attention import PACKED, Packing
 from aspo_learner.batching import MicroBatch
 from aspo_learner.head import token_logprobs_and_entropy
@@ -20,6 +25,7 @@ from aspo_learner.ranks import ALONE, Fill, Gather, Ranks
 from aspo_learner.sharding import fill, shard, whole
 
 _OTHER = "use a model of another architecture, such as Qwen3 or Llama"
+Score = Callable[[MicroBatch, float], tuple[Tensor, Tensor]]  # as `Policy.score` is
 _SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
@@ -56,7 +62,8 @@ class Policy:
     `precision` is that of the products in the layers and the head: `fp32`, or `bf16` by autocast with sums in
     fp32; `auto` takes bf16 on a GPU. With `checkpoint_activations` backward computes the layers again. The
     weights are spread over the `ranks`, all of which must make the policy and score with it together; with
-    `offload` they lie in the CPU's memory.
+    `offload` they lie in the CPU's memory. With `lora`, on one rank alone, adapters are trained and
+    published, and the weights under them stay.
     """
 
     def __init__(
@@ -67,20 +74,29 @@ class Policy:
         precision: Precision = "auto",
         checkpoint_activations: bool = False,
         offload: bool = False,
+        lora: LoraConfig | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self._path, self.device, self.ranks = config.path, device, ranks
         self._bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-        self._checkpoint_activations, self._offload = checkpoint_activations, offload
+        self._checkpoint_activations, self._offload, self._lora = checkpoint_activations, offload, lora
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._files: dict[str, bytes] | None = None
+        self._base_digest: str | None = None
         self.tokenizer = load_tokenizer(config.path)
         self.scorer = self._load(trained=True)
         self.model: Any = self.scorer.model
 
-    def reference(self) -> Scorer:
-        """The model as it was at first, to score with and not to train."""
-        return self._load(trained=False).requires_grad_(False)
+    def reference(self) -> Score:
+        """What scores as the model did at first and is not trained."""
+        if self._lora is not None:
+            return self._score_without_adapters
+        scorer: Score = self._load(trained=False).requires_grad_(False)
+        return scorer
+
+    def _score_without_adapters(self, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+        with adapters.switched_off(self.model):
+            return self.score(batch, temperature)
 
     def _load(self, *, trained: bool) -> Scorer:
         model: Any = load_model(self._path, empty=not self.ranks.leads)
@@ -92,6 +108,10 @@ class Policy:
             model.to(self.device)
         if self.ranks.leads:
             _require_isolation(model, self._path)
+        if self._lora is not None:
+            adapters.inject(model, self._lora, self._path)
+            if self._bf16 and self._dtype == torch.bfloat16:  # to which autocast would bring them every time
+                adapters.hold_base_in(model, self._dtype)
         scorer = Scorer(model, bf16=self._bf16)
         if self.ranks.mesh is not None:
             _spread(scorer, self._path, self.ranks, bf16=self._bf16, offload=self._offload, trained=trained)
@@ -108,7 +128,7 @@ class Policy:
         return int(self.model.get_output_embeddings().weight.shape[0])
 
     def score(
-        self, batch: MicroBatch, temperature: float, scorer: Scorer | None = None
+        self, batch: MicroBatch, temperature: float, scorer: Score | None = None
     ) -> tuple[Tensor, Tensor]:
         """Score a micro-batch's completions: log-probs and entropies [B, T] fp32, zero at padding.
 
@@ -117,6 +137,10 @@ class Policy:
         scored: tuple[Tensor, Tensor] = (scorer or self.scorer)(batch, temperature)
         return scored
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     @torch.no_grad()
     def copy_published(self, copy: dict[str, Tensor]) -> None:
         """Fill `copy` with the tensors of a version, on the CPU in the published type; tied tensors once.
@@ -124,7 +148,7 @@ class Policy:
         The ranks gather them one at a time, and rank 0 keeps them.
         """
         self.ranks.announce(Gather())
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._published():
             tensor = whole(parameter) if self.ranks.mesh is None else whole(parameter.to(self._dtype))
             if not self.ranks.leads:
                 continue
@@ -135,8 +159,36 @@ class Policy:
     def load_published(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the weights of a version, which rank 0 gives; what its type rounds off stays lost."""
         self.ranks.announce(Fill())
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self._published():
             fill(parameter, tensors[name] if self.ranks.leads else None)
+
+    @torch.no_grad()
+    def base(self) -> dict[str, Tensor]:
+        """What the adapters are added to, on the CPU in the published type; empty where there are none."""
+        if self._lora is None:
+            return {}
+        return {
+            name: parameter.detach().to("cpu", self._dtype) for name, parameter in adapters.base(self.model)
+        }
+
+    def base_digest(self) -> str | None:
+        """Names the weights under the adapters by their content; None where there are no adapters."""
+        if self._lora is not None and self._base_digest is None:
+            self._base_digest = state_digest(describe(self.base()))
+        return self._base_digest
+
+    def merged(self, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights that actors run with, of a version that `copy_published` gave."""
+        if self._lora is None:
+            return dict(published)
+        weights, scaling = self.base(), scaling_of(self.published_files()[CONFIG])
+        for module, (a, b) in pairs(published).items():
+            weights[f"{module}.weight"] = merge(weights[f"{module}.weight"], a, b, scaling)
+        return weights
+
+    def _published(self) -> Iterator[tuple[str, nn.Parameter]]:
+        named: Iterator[tuple[str, nn.Parameter]] = self.model.named_parameters()
+        return named if self._lora is None else adapters.published(self.model)
 
     def published_files(self) -> dict[str, bytes]:
         """The config and tokenizer files that make a version loadable by `from_pretrained`."""
@@ -148,17 +200,24 @@ class Policy:
                     self.model.generation_config.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
                 self._files = {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir()) if p.is_file()}
+            if self._lora is not None:
+                self._files |= adapters.config_file(self.model, self._lora, self._path)
         return self._files
 
 
 def load_policy(config: Config, ranks: Ranks) -> Policy:
-    """The policy of a run, on the device of its rank."""
+    """The policy of a run, on the device of its rank; raises ConfigError for what cannot be trained so."""
+    if config.learner.lora is not None and ranks.size > 1:
+        raise ConfigError(
+            "learner.lora trains in one process; start it without torchrun, or unset learner.lora"
+        )
     return Policy(
         config.model,
         ranks.device,
         precision=config.learner.precision,
         checkpoint_activations=config.learner.activation_checkpointing,
         offload=config.learner.offload,
+        lora=config.learner.lora,
         ranks=ranks,
     )
 

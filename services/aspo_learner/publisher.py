@@ -13,7 +13,7 @@ from torch import Tensor
 from aspo.failpoints import reach
 from aspo.schemas import PolicyVersion
 from aspo.weights.manifest import Manifest, WeightsError
-from aspo.weights.store import WeightStore
+from aspo.weights.store import Files, WeightStore
 
 if TYPE_CHECKING:  # its import takes seconds, and a publisher only calls it
     from aspo_learner.policy import Policy
@@ -38,6 +38,7 @@ class Publisher:
     ) -> None:
         self._store, self._policy, self._run, self._epoch = store, policy, run, epoch
         self._on_stored = on_stored or store.go_live
+        self._base = store.keep_base(policy.base())
         self._thread = ThreadPoolExecutor(1, "publisher")
         self._pending: Future[Manifest] | None = None
         # Two copies by turns: the store compares the one it gets with the one it got before.
@@ -83,7 +84,8 @@ class Publisher:
     def _store_copy(self, version: PolicyVersion, copy: dict[str, Tensor]) -> Manifest:
         try:
             reach("publish.storing")
-            manifest = self._store.put(version, copy, self._policy.published_files(), live=False)
+            files: Files = {**self._policy.published_files(), **self._base}
+            manifest = self._store.put(version, copy, files, live=False)
             reach("publish.stored")
         finally:
             if self._store.holds(copy):

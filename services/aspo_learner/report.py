@@ -16,6 +16,8 @@ from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.presence import ActorStatus
 from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
+from aspo.weights import adapters
+from aspo.weights.adapters import exported_files
 from aspo.weights.blobs import write_file
 from aspo.weights.manifest import StorageError
 from aspo_learner.batching import repetition
@@ -24,6 +26,7 @@ from aspo_learner.publisher import Publisher
 from aspo_learner.staleness import StalenessRule, describe_staleness
 
 log = logging.getLogger(__name__)
+WEIGHTS = "model.safetensors"
 WARMUP_STEPS = 2  # waits of the first steps are the queue's filling, not the steady state
 
 
@@ -101,7 +104,11 @@ class RunHistory:
         model = self._folder / "model"
         tensors: dict[str, Any] = {}
         policy.copy_published(tensors)
-        save_model(policy, tensors, model)
+        files = policy.published_files()
+        save_model(exported_files(files, adapter=False), policy.merged(tensors), model / WEIGHTS)
+        if adapters.CONFIG in files:
+            folder = self._folder / "adapter"
+            save_model(exported_files(files, adapter=True), tensors, folder / adapters.TENSORS)
         staleness = [m["staleness_mean"] for m in self._steps]
         summary: dict[str, Any] = {
             "accuracy_before": self.accuracy_before,
@@ -125,17 +132,16 @@ class RunHistory:
         return summary
 
 
-def save_model(policy: Policy, tensors: dict[str, Any], folder: Path) -> None:
-    """Write weights, config and tokenizer as a folder that `from_pretrained` and vLLM load.
+def save_model(files: Mapping[str, bytes], tensors: dict[str, Any], path: Path) -> None:
+    """Write weights to `path`, and beside them the files with which `from_pretrained` loads the folder.
 
     Raises `StorageError` when the disk does not take the weights.
     """
     import safetensors.torch
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in policy.published_files().items():
-        (folder / name).write_bytes(content)
-    path = folder / "model.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (path.parent / name).write_bytes(content)
     try:
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:

@@ -49,7 +49,7 @@ class Trainer:
         self._loss = build_loss(config.loss)
         self._ranks = policy.ranks
         self._reference = policy.reference() if config.loss.kl_coefficient > 0 else None
-        self.updater = Updater(policy.model.parameters(), config.learner)
+        self.updater = Updater(policy.trained(), config.learner)
         self._random = np.random.default_rng([config.run.seed, 1])
 
     @property
@@ -100,10 +100,17 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer tensors."""
-        return self.updater.state() | {"random": self._random.bit_generator.state}
+        state = self.updater.state() | {"random": self._random.bit_generator.state}
+        digest = self.policy.base_digest()
+        return state if digest is None else state | {"base": digest}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned; raises ConfigError if adapters were those of another base."""
+        if state.get("base") != self.policy.base_digest():
+            raise ConfigError(
+                "the checkpoint's adapters are of other weights than those of model.path; set it back, or "
+                "choose another run.name"
+            )
         self._ranks.announce(Resume(json.dumps(state)))
         self.updater.load_state(state)
         self._random.bit_generator.state = state["random"]

@@ -27,6 +27,7 @@ from pydantic_settings import (
 
 from aspo import failpoints
 from aspo.errors import AspoError
+from aspo.lora_config import LoraConfig
 from aspo.task_config import CodeConfig as CodeConfig
 from aspo.task_config import DataConfig as DataConfig
 from aspo.task_config import Estimator as Estimator
@@ -185,6 +186,7 @@ class LearnerConfig(HttpConfig):
     offload: bool = Field(
         False, description="Keep weights, gradients and AdamW's state in the CPU's memory, layers on the GPU."
     )
+    lora: LoraConfig | None = Field(None, description="Train adapters alone; unset: all weights.")
     shard_size: int | None = Field(
         None, ge=1, description="Under torchrun, processes that share a copy of the weights; unset: all."
     )
@@ -225,6 +227,8 @@ class LearnerConfig(HttpConfig):
                 f"mini_batch_prompts ({self.mini_batch_prompts}) exceeds batch_prompts "
                 f"({self.batch_prompts}); lower it"
             )
+        if self.lora is not None and self.offload:
+            raise ValueError("learner.lora and learner.offload exclude each other; unset one")
         return self
 
 

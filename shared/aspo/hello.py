@@ -21,6 +21,7 @@ from aspo.config import Config
 from aspo.errors import AspoError
 from aspo.fence import Fence
 from aspo.schemas import Hello
+from aspo.weights import adapters
 from aspo.weights.manifest import BlobRef, config_digest
 
 _SETTINGS = (
@@ -32,7 +33,13 @@ _SETTINGS = (
     "actor.engine.max_model_len",  # by it the learner chooses its prompts
 )
 _SETTINGS_IF_SET = ("reward.parts", "reward.options", "reward.style")  # newer ones, which most runs leave
-_NO_VOCABULARY = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
+_NO_VOCABULARY = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    adapters.CONFIG,
+)
 
 
 class HelloError(AspoError, ValueError):
@@ -41,7 +48,11 @@ class HelloError(AspoError, ValueError):
 
 def own_hello(config: Config, files: Mapping[str, BlobRef]) -> Hello:
     """What a process has to say of itself, given the files that come with its weights."""
-    vocabulary = {name: ref for name, ref in files.items() if name not in _NO_VOCABULARY}
+    vocabulary = {
+        name: ref
+        for name, ref in files.items()
+        if name not in _NO_VOCABULARY and not name.endswith(".safetensors")  # the base of adapters
+    }
     values, changed = config.model_dump(mode="json"), config.model_dump(mode="json", exclude_defaults=True)
     settings = {name: _look_up(values, name) for name in _SETTINGS}
     for name in _SETTINGS_IF_SET:

@@ -20,19 +20,27 @@ from transformers import Qwen3ForCausalLM
 
 from aspo.config import AuthConfig, CanaryConfig, EngineConfig
 from aspo.http import ApiError, Scope, Server, create_app, listen, require
-from aspo.schemas import PolicyVersion
+from aspo.schemas import PolicyVersion, RolloutGroup, Task
 from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.leases import Leases
 from aspo.weights.manifest import WeightsError
 from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
 from aspo_actor import weight_sync as weight_sync_module
+from aspo_actor.completion import Completion
 from aspo_actor.engine import EngineError, RolloutEngine
+from aspo_actor.rewards.scorer import Scores
 from aspo_actor.trial import Trials, k3
 from aspo_actor.weight_sync import WeightSync
+from aspo_actor.worker import assemble
+from aspo_learner.batching import micro_batches, sequences_of
+from aspo_learner.policy import load_policy
+from aspo_learner.publisher import Publisher
+from aspo_learner.ranks import ALONE
 from aspo_learner.releases import Releases, TrialReport
+from aspo_learner.trainer import Trainer
 from models import char_tokenizer, save_model
-from rollouts import make_group
+from rollouts import make_group, write_config
 
 pytestmark = [
     pytest.mark.vllm,
@@ -40,6 +48,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 SETTINGS = EngineConfig(max_model_len=256, max_num_seqs=16, cpu_kv_cache_gib=0.1)
+CPU = torch.device("cpu")
 TOKENS = char_tokenizer()("12+345=\n678+9=")["input_ids"]
 
 
@@ -316,6 +325,57 @@ async def test_a_trial_waits_for_a_completion_to_compare(plane: Plane) -> None:
     assert not scoring.done()
     await trials.saw(make_group(plane.model))
     assert len(await scoring) == 1
+
+
+async def test_adapters_are_merged_into_the_running_engine_and_log_probs_are_the_learners(
+    plane: Plane, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "model", seed=5)
+    overrides = ["learner.lora.rank=4", "learner.learning_rate=0.01", "run.name=lora"]
+    config = write_config(tmp_path, model=tmp_path / "model", overrides=overrides)
+    trainer = Trainer(load_policy(config, ALONE), config)
+    store, auth = WeightStore(tmp_path / "weights"), AuthConfig()
+    publisher = Publisher(store, trainer.policy, "lora", 1)
+    app = create_app("test", auth=auth, ready=lambda: None, registry=CollectorRegistry())
+    app.include_router(weight_routes(store, Leases()))
+    app.include_router(blob_routes(store.blobs))
+    with Server(app, listen("127.0.0.1", 0, auth)) as server:
+        async with WeightClient(server.url, tmp_path / "cache") as client:
+            sync = WeightSync(client, plane.engine, Mirror(client), tmp_path)
+            for step in range(3):
+                trainer.train_step([make_group(trainer.policy.model, seed=4 * step + i) for i in range(4)])
+                publisher.publish(step)
+                publisher.wait()
+                assert await sync.sync_once() == f"lora/1/{step}"
+                drawn = await plane.engine.sample(TOKENS, n=4, max_tokens=12, temperature=1.0)
+                sequences = list(sequences_of(as_group(TOKENS, drawn), [1.0] * 4, 0))
+                [batch] = micro_batches(sequences, range(4), max_tokens=999, device=CPU)
+                with torch.no_grad():
+                    logprobs, _ = trainer.policy.score(batch, 1.0)
+                difference = (logprobs - batch.behavior_logprobs)[batch.mask]
+                assert difference.abs().max() < 1e-4, f"lora/1/{step}"
+    publisher.close()
+    assert sync.stats.patches == 2  # the first came whole
+    assert sync.stats.audited > 0
+    await plane.engine.condemn("for the test")
+    await sync._repair()
+    assert plane.engine.version == "lora/1/2"
+
+
+def as_group(prompt: list[int], completions: list[Completion]) -> RolloutGroup:
+    """What a worker would store of them."""
+    task = Task(
+        uid="lora:train:0",
+        index=0,
+        purpose="train",
+        prompt_ids=prompt,
+        group_size=len(completions),
+        max_tokens=12,
+        temperature=1.0,
+        reward_inputs={},
+    )
+    zeros = np.zeros(len(completions), dtype=np.float32)
+    return assemble(task, "actor-0", completions, Scores(zeros, zeros.astype(bool), {}))
 
 
 def test_k3_is_zero_for_equal_policies_and_grows_with_their_distance() -> None:

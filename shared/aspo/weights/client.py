@@ -29,11 +29,14 @@ from typing import Self, TypeVar
 
 import aiohttp
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from aspo.http import blob_ticket
 from aspo.tls import UNTRUSTED, client_context
+from aspo.weights import adapters
+from aspo.weights.adapters import Merger
 from aspo.weights.blobs import BlobStore, file_digest
 from aspo.weights.delta import Change
 from aspo.weights.manifest import (
@@ -315,21 +318,53 @@ class Update:
 
 
 class Mirror:
-    """A verified copy of one version in memory, moved on by plans; after a failure it is of no version."""
+    """A verified copy of one version in memory, moved on by plans; after a failure it is of no version.
+
+    `state` holds its tensors as published, `weights` those that a model runs with: the same, unless the
+    version is one of adapters.
+    """
 
     def __init__(self, client: WeightClient) -> None:
         self._client = client
         self.state = State({})
         self.manifest: Manifest | None = None
+        self._base: tuple[BlobRef, ...] = ()
+        self._merger: Merger | None = None
 
     @property
     def version(self) -> str | None:
         """The version held, None before the first and after a failure: the next plan starts from nothing."""
         return self.state.version
 
+    @property
+    def weights(self) -> State:
+        """What a model runs with at the version held."""
+        return self.state if self._merger is None else self._merger.weights
+
+    async def restore(self) -> None:
+        """Hold what is in memory against the manifest, and merge adapters anew; raises `WeightsError`."""
+        assert self.manifest is not None
+        await asyncio.to_thread(self.state.verify, self.manifest)
+        self._base = ()
+        await self._take_base(self.manifest, ())
+        if self._merger is not None:
+            await asyncio.to_thread(self._merger.follow, self.state)
+
+    async def _take_base(self, manifest: Manifest, peers: Sequence[str]) -> None:
+        """Load what a version's adapters are merged into, unless it is there already."""
+        refs = adapters.base_of(manifest)
+        if refs == self._base:
+            return
+        self._merger, self._base = None, ()
+        if refs:
+            config, *parts = await self._client.fetch(refs, peers)
+            self._merger = await asyncio.to_thread(lambda: Merger(config.read_bytes(), parts))
+        self._base = refs
+
     async def follow(self, plan: Plan) -> Update:
         """Pull a plan and move to its version; raises `WeightsError`, the state then as it was or of none."""
         paths = await self._client.pull(plan)
+        await self._take_base(plan.manifest, plan.peers)
         base = self.version
         if plan.base != base:
             base = None
@@ -356,20 +391,40 @@ class Mirror:
             raise WeightsError(f"the plan for {plan.manifest.version} led to {self.version}")
         if base is None:
             self.state.verify(plan.manifest)
+        if self._merger is not None:
+            return self._merge(self._merger, plan.manifest.version)
         whole = tuple(paths[0]) if plan.kind == "snapshot" else ()
         return Update(plan.manifest.version, base, changes, whole)
 
+    def _merge(self, merger: Merger, version: str) -> Update:
+        """Bring the weights to the adapters held; what changed is known whatever way led to these."""
+        former = merger.weights.version
+        try:
+            changes = merger.follow(self.state)
+        except WeightsError:
+            self.state.version = None
+            raise
+        return Update(version, former, changes)
 
-async def export(client: WeightClient, plan: Plan, folder: Path) -> Mirror:
-    """Write a version as a folder that `from_pretrained` loads; returns the verified copy in memory."""
+
+async def export(client: WeightClient, plan: Plan, folder: Path, *, adapter: bool = False) -> Mirror:
+    """Write a version as a folder that `from_pretrained` loads; returns the verified copy in memory.
+
+    Adapters are merged into their base, or, as an `adapter`, written as peft loads them.
+    """
     mirror = Mirror(client)
-    refs = list(plan.manifest.files.values())
-    sources = await client.fetch(refs, plan.peers)
+    if adapter and not adapters.base_of(plan.manifest):
+        raise WeightsError(f"{plan.manifest.version} has whole weights and no adapters; pull it as a model")
+    files = adapters.exported_files(plan.manifest.files, adapter=adapter)
+    sources = await client.fetch(list(files.values()), plan.peers)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, source in zip(plan.manifest.files, sources, strict=True):
+    for name, source in zip(files, sources, strict=True):
         shutil.copyfile(source, folder / name)
     await mirror.follow(plan)
-    await asyncio.to_thread(mirror.state.save, folder)
+    if adapter:
+        safetensors.torch.save_file(mirror.state.tensors, folder / adapters.TENSORS, {"format": "pt"})
+    else:
+        await asyncio.to_thread(mirror.weights.save, folder)
     return mirror
 
 

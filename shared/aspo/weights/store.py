@@ -24,6 +24,7 @@ import safetensors.torch
 from torch import Tensor
 
 from aspo.schemas import PolicyVersion
+from aspo.weights.adapters import base_name
 from aspo.weights.blobs import TEMPORARY, BlobStore, write_file
 from aspo.weights.delta import describe_delta, encode_delta, merge_deltas
 from aspo.weights.manifest import (
@@ -41,6 +42,7 @@ from aspo.weights.state import State, describe, shards
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Files = Mapping[str, bytes | BlobRef]  # by name: content, or what is stored already
 MERGE = 8
 
 
@@ -145,12 +147,7 @@ class WeightStore:
         self._listeners.append(listener)
 
     def put(
-        self,
-        version: PolicyVersion,
-        tensors: Mapping[str, Tensor],
-        files: Mapping[str, bytes],
-        *,
-        live: bool = True,
+        self, version: PolicyVersion, tensors: Mapping[str, Tensor], files: Files, *, live: bool = True
     ) -> Manifest:
         """Store a version, live at once unless `live` is False or the store is held.
 
@@ -161,14 +158,10 @@ class WeightStore:
             return self._put(version, tensors, files, live)
 
     def _put(
-        self,
-        version: PolicyVersion,
-        tensors: Mapping[str, Tensor],
-        files: Mapping[str, bytes],
-        live: bool,
+        self, version: PolicyVersion, tensors: Mapping[str, Tensor], files: Files, live: bool
     ) -> Manifest:
         infos = describe(tensors)
-        refs = {name: self.blobs.put(content) for name, content in files.items()}
+        refs = {n: f if isinstance(f, BlobRef) else self.blobs.put(f) for n, f in files.items()}
         digests = state_digest(infos), config_digest(refs)
         existing = self._existing(version, *digests)
         if existing is not None:
@@ -197,6 +190,10 @@ class WeightStore:
         except (WeightsError, OSError) as error:  # the version is stored, and the next makes up for it
             log.error("tidying up after %s: %s", version, error)
         return manifest
+
+    def keep_base(self, tensors: Mapping[str, Tensor]) -> dict[str, BlobRef]:
+        """Store what versions of adapters are merged into, for `put` to take as their files."""
+        return {base_name(number): ref for number, ref in enumerate(self._put_shards(tensors))}
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether these very tensors are the base of the next delta, and must stay as they are."""
@@ -320,11 +317,13 @@ class WeightStore:
         return Transfer(version=str(version), base=base.version, blobs=refs), fraction
 
     def _store_snapshot(self, version: PolicyVersion, tensors: Mapping[str, Tensor]) -> Transfer:
-        refs = tuple(
+        return Transfer(version=str(version), blobs=self._put_shards(tensors))
+
+    def _put_shards(self, tensors: Mapping[str, Tensor]) -> tuple[BlobRef, ...]:
+        return tuple(
             self.blobs.put(safetensors.torch.save(part, metadata={"format": "pt"}))
             for part in shards(tensors)
         )
-        return Transfer(version=str(version), blobs=refs)
 
     def _add_shortcuts(self, version: PolicyVersion, tensors: Mapping[str, Tensor]) -> None:
         """Add the merged delta and the snapshot that are due; what is live already does not wait for them."""
