@@ -2,7 +2,7 @@
 
 python tests/peak.py MODEL TOKENS     # a model folder; tokens of the one micro-batch
 
-Once as it is by default, once with the activations checkpointed.
+Once as it is by default, once with the activations checkpointed, once with adapters.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from aspo_learner.policy import Policy
+from aspo_learner.policy import load_policy
+from aspo_learner.ranks import ALONE
 from aspo_learner.trainer import Trainer
 from rollouts import make_plain_group, write_config
 
 LENGTH = 128  # tokens of a sequence
+VARIANTS = {
+    "peak": (),
+    "checkpointed": ("learner.activation_checkpointing=true",),
+    "lora": ("learner.lora.rank=8",),
+}
 
 
 def resident(which: str) -> int:
@@ -29,13 +36,13 @@ def resident(which: str) -> int:
     return int(found[0]) * 1024
 
 
-def train(model: str, tokens: int, steps: int, *, checkpointed: bool = False) -> int:
+def train(model: str, tokens: int, steps: int, more: Sequence[str] = ()) -> int:
     """Train on micro-batches of so many tokens; gives the model's parameters."""
     with tempfile.TemporaryDirectory() as folder:
         settings = (f"micro_batch_tokens={tokens}", "mini_batch_prompts=1", "batch_prompts=1")
-        config = write_config(Path(folder), model=model, overrides=[f"learner.{each}" for each in settings])
-    policy = Policy(config.model, torch.device("cpu"), checkpoint_activations=checkpointed)
-    trainer = Trainer(policy, config)
+        overrides = [*(f"learner.{each}" for each in settings), *more]
+        config = write_config(Path(folder), model=model, overrides=overrides)
+    trainer = Trainer(load_policy(config, ALONE), config)
     samples = tokens // LENGTH
     spans = [[("test/1/0", LENGTH - 2)]] * samples  # and two tokens of prompt
     groups = [make_plain_group(spans, rewards=[float(i % 2) for i in range(samples)])]
@@ -46,14 +53,15 @@ def train(model: str, tokens: int, steps: int, *, checkpointed: bool = False) ->
 
 def main(model: str, tokens: int) -> None:
     torch.set_num_threads(1)
-    train(model, 2 * LENGTH, 1)  # loads what is loaded once
+    train(model, 2 * LENGTH, 1, VARIANTS["lora"])  # loads what is loaded once
     found: dict[str, int] = {}
-    for name, checkpointed in (("peak", False), ("checkpointed", True)):
+    for name, more in VARIANTS.items():
         gc.collect()
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         # The first step makes the optimizer's states.
-        found["parameters"] = train(model, tokens, 2, checkpointed=checkpointed)
+        parameters = train(model, tokens, 2, more)
+        found.setdefault("parameters", parameters)
         found[name] = resident("VmHWM") - before
     print(json.dumps(found))
 

@@ -18,39 +18,24 @@ from rich.console import Console
 from rich.table import Table
 
 from aspo.config import Config, ConfigError, load_config
+from aspo_learner.memory import (
+    MOMENTS,
+    TILES,
+    Shape,
+    gathered_bytes,
+    kept_bytes,
+    learner_peak_bytes,
+    shape_of_config,
+    states_bytes,
+)
 
 USABLE = 0.9  # of a GPU's memory, for learner and actors alike
 RESERVED = 2 * 2**30  # of an actor's GPU for vLLM's own: activations, graphs, the context
-MASTER, GRADIENT, MOMENTS, CAST = 4, 4, 8, 2  # bytes per weight; the casts of autocast are bf16
-TILES = 4 * 4096 * 16384 * 4  # fp32 tiles of logits that the head holds at a time on a GPU
 PUBLISHED = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a snapshot, by the measurements in docs/benchmarks.md, which a test compares.
 DELTA_FIRST, DELTA_LATER = 0.0212, 0.0062
 WIRE_BYTES = 8.13  # of Redis per completion token
 _NOMINAL = re.compile(r"(\d+(?:\.\d+)?)\s*([BMbm])")
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What of a model decides its size; `query` and `key` are heads times head size.
-
-    `tied` models have one tensor for embedding and head.
-    """
-
-    name: str
-    parameters: int
-    layers: int
-    hidden: int
-    intermediate: int
-    query: int
-    key: int
-    vocabulary: int
-    tied: bool = False
-
-    @property
-    def outer(self) -> int:
-        """Weights outside of the layers: embedding and head."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
 
 # Published dense models, by which a mere number of parameters is given a shape.
@@ -98,7 +83,7 @@ def shape_of(model: str) -> Shape:
     """The shape of a folder or hub name, or the likely one of a size such as `7B`; raises ConfigError."""
     nominal = _NOMINAL.fullmatch(model.strip())
     if nominal is None:
-        return _shape_of_config(model)
+        return shape_of_config(model)
     count = int(float(nominal[1]) * {"b": 10**9, "m": 10**6}[nominal[2].lower()])
     if not count:
         raise ConfigError(f"{model} is no size of a model; write 7B, a model folder or a hub name")
@@ -106,93 +91,12 @@ def shape_of(model: str) -> Shape:
     return replace(nearest, name=f"{model}, shaped as {nearest.name}", parameters=count)
 
 
-def _shape_of_config(model: str) -> Shape:
-    """Read config.json alone; the model is made without memory, which counts its weights exactly."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        with torch.device("meta"):
-            made = AutoModelForCausalLM.from_config(config)
-        query = config.num_attention_heads
-        head = getattr(config, "head_dim", None) or config.hidden_size // query
-        key = getattr(config, "num_key_value_heads", None) or query
-        return Shape(
-            name=model,
-            parameters=sum(parameter.numel() for parameter in made.parameters()),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            query=query * head,
-            key=key * head,
-            vocabulary=config.vocab_size,
-            tied=bool(config.tie_word_embeddings),
-        )
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{model!r} cannot be sized ({reason}); name a size such as 7B, a model folder or a hub name"
-        ) from None
-
-
-def states_bytes(shape: Shape, config: Config) -> int:
-    """Weights, gradients and AdamW's moments in fp32, and the weights of a reference where there is one."""
-    reference = MASTER if config.loss.kl_coefficient > 0 else 0
-    return shape.parameters * (MASTER + GRADIENT + MOMENTS + reference)
-
-
-def activation_bytes(shape: Shape, tokens: int, *, mixed: bool, checkpointed: bool = False) -> int:
-    """What a micro-batch of so many tokens keeps for backward; `mixed` is bf16 autocast, as on a GPU.
-
-    Per layer and token: two norms keep input, normalised and output; attention its queries and keys thrice,
-    values and output; the MLP gate, its SiLU, up and their product. The fp32 ones among them stay fp32.
-    Checkpointed layers keep their inputs, and one of them all of it.
-    """
-    if mixed:
-        layer = 20 * shape.hidden + 10 * (shape.query + shape.key) + 8 * shape.intermediate
-    else:
-        # Without torch's variable-length kernel the output is there twice.
-        layer = 24 * shape.hidden + 20 * shape.query + 16 * shape.key + 16 * shape.intermediate
-    last = 20 * shape.hidden  # the final norm, and the hidden states that are scored
-    layers = shape.layers * 4 * shape.hidden + layer if checkpointed else shape.layers * layer
-    return tokens * (layers + last)
-
-
-def _kept_bytes(shape: Shape, config: Config, tokens: int, *, mixed: bool = True) -> int:
-    checkpointed = config.learner.activation_checkpointing
-    return activation_bytes(shape, tokens, mixed=mixed, checkpointed=checkpointed)
-
-
-def learner_peak_bytes(
-    shape: Shape, config: Config, *, tokens: int | None = None, gpus: int = 1, mixed: bool = True
-) -> int:
-    """Of each GPU, when backward begins; AdamW's step takes less, for it works in place.
-
-    Micro-batches have `tokens`, or what is configured. On several GPUs the states are sharded, and what is
-    whole for a while is `_gathered_bytes`.
-    """
-    tokens = config.learner.micro_batch_tokens if tokens is None else tokens
-    held = states_bytes(shape, config) // gpus
-    if gpus > 1:
-        held += _gathered_bytes(shape)
-    else:
-        held += shape.vocabulary * shape.hidden * GRADIENT + (CAST * shape.parameters if mixed else 0)
-    return held + (TILES if mixed else 0) + _kept_bytes(shape, config, tokens, mixed=mixed)
-
-
-def _gathered_bytes(shape: Shape) -> int:
-    """Whole on each of several GPUs: embedding and head with their gradient, two layers in bf16 and one's."""
-    layer = max(0, shape.parameters - shape.outer) // shape.layers
-    return shape.outer * (MASTER + GRADIENT) + layer * (2 * CAST + GRADIENT)
-
-
 def fit_learner(shape: Shape, config: Config, least_tokens: int, room: int) -> tuple[int, int]:
     """The fewest GPUs, a power of two, on which one sequence can be trained on, and the tokens that then fit.
 
     Raises ConfigError if what every GPU holds is too much.
     """
-    if TILES + _gathered_bytes(shape) + _kept_bytes(shape, config, least_tokens) >= room:
+    if TILES + gathered_bytes(shape) + kept_bytes(shape, config, least_tokens) >= room:
         raise ConfigError(
             f"the activations of {least_tokens} tokens, embedding and head do not fit a GPU; name "
             "larger ones by --gpu-gib, set learner.activation_checkpointing, or lower --prompt-tokens and "
@@ -202,7 +106,7 @@ def fit_learner(shape: Shape, config: Config, least_tokens: int, room: int) -> t
     while learner_peak_bytes(shape, config, tokens=least_tokens, gpus=gpus) > room:
         gpus *= 2
     left = room - learner_peak_bytes(shape, config, tokens=0, gpus=gpus)
-    fitting = left // _kept_bytes(shape, config, 1)
+    fitting = left // kept_bytes(shape, config, 1)
     return gpus, max(least_tokens, min(config.learner.micro_batch_tokens, fitting))
 
 
@@ -230,7 +134,7 @@ def estimate(
         parameters=shape.parameters,
         learner_states=states_bytes(shape, config),
         learner_tokens=tokens,
-        learner_activations=_kept_bytes(shape, config, tokens),
+        learner_activations=kept_bytes(shape, config, tokens),
         learner_gpus=learner_gpus,
         learner_gpu_peak=learner_peak_bytes(shape, config, tokens=tokens, gpus=learner_gpus),
         learner_host=2 * published + MOMENTS * shape.parameters,

@@ -22,6 +22,7 @@ from aspo_learner.attention import PACKED, Packing
 from aspo_learner.batching import MicroBatch
 from aspo_learner.head import token_logprobs_and_entropy
 from aspo_learner.ranks import ALONE, Fill, Gather, Ranks
+from aspo_learner.room import Room, uses_bf16
 from aspo_learner.sharding import fill, shard, whole
 
 _OTHER = "use a model of another architecture, such as Qwen3 or Llama"
@@ -78,7 +79,8 @@ class Policy:
         ranks: Ranks = ALONE,
     ) -> None:
         self._path, self.device, self.ranks = config.path, device, ranks
-        self._bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+        self._bf16 = uses_bf16(precision, device)
+        self.room: Room | None = None
         self._checkpoint_activations, self._offload, self._lora = checkpoint_activations, offload, lora
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._files: dict[str, bytes] | None = None
@@ -211,7 +213,8 @@ def load_policy(config: Config, ranks: Ranks) -> Policy:
         raise ConfigError(
             "learner.lora trains in one process; start it without torchrun, or unset learner.lora"
         )
-    return Policy(
+    room = Room.foresee(config, ranks) if ranks.leads else None
+    policy = Policy(
         config.model,
         ranks.device,
         precision=config.learner.precision,
@@ -220,6 +223,8 @@ def load_policy(config: Config, ranks: Ranks) -> Policy:
         lora=config.learner.lora,
         ranks=ranks,
     )
+    policy.room = room
+    return policy
 
 
 def load_model(path: str, *, empty: bool = False) -> nn.Module:

@@ -96,6 +96,8 @@ class Trainer:
             "skipped_updates": float(self.updater.skipped),
         }
         self._warn_if_inert(metrics)
+        if self.policy.room is not None:
+            self.policy.room.compare(self.updater.updates)
         return metrics
 
     def state(self) -> dict[str, Any]:

@@ -20,10 +20,12 @@ from aspo.codec import encode_group
 from aspo.config import ConfigError
 from aspo_cli import size
 from aspo_cli.main import app
-from aspo_cli.size import KNOWN, Shape, estimate, load_settings, shape_of
-from aspo_learner import head
+from aspo_cli.size import KNOWN, estimate, load_settings, shape_of
+from aspo_learner import head, memory
 from aspo_learner.attention import PACKED, Packing
+from aspo_learner.memory import Shape
 from models import save_model, tiny_qwen3
+from peak import VARIANTS
 from rollouts import make_plain_group
 
 ROOT = Path(__file__).parents[2]
@@ -94,7 +96,7 @@ def test_activations_are_those_that_autograd_keeps(hidden: int, layers: int, mix
     query, key = hidden, max(1, hidden // 64) * 32
     shape = Shape("tiny", 0, layers, hidden, 2 * hidden, query, key, 16)
     measured = kept_for_backward(model, tokens, mixed=mixed)
-    assert size.activation_bytes(shape, tokens, mixed=mixed) == pytest.approx(measured, rel=0.1)
+    assert memory.activation_bytes(shape, tokens, mixed=mixed) == pytest.approx(measured, rel=0.1)
 
 
 def test_the_peak_is_that_of_a_real_learner(tmp_path: Path) -> None:
@@ -110,9 +112,9 @@ def test_the_peak_is_that_of_a_real_learner(tmp_path: Path) -> None:
     measured = json.loads(done.stdout.splitlines()[-1])
     shape, settings = shape_of(str(folder)), [f"learner.micro_batch_tokens={tokens}"]
     assert measured["parameters"] == shape.parameters
-    for name, more in (("peak", "false"), ("checkpointed", "true")):
-        config = load_settings(None, [*settings, f"learner.activation_checkpointing={more}"])
-        expected = size.learner_peak_bytes(shape, config, mixed=False)
+    for name, more in VARIANTS.items():
+        config = load_settings(None, [*settings, *more])
+        expected = memory.learner_peak_bytes(shape, config, mixed=False)
         assert expected == pytest.approx(measured[name], rel=0.1), name
 
 
@@ -128,7 +130,7 @@ def test_the_cache_of_a_token_is_that_of_a_real_model() -> None:
 
 def test_the_head_holds_as_many_tiles_of_its_size_as_are_counted() -> None:
     rows, columns = head._TILES["cuda"]
-    assert 4 * rows * columns * 4 == size.TILES  # four of them, in fp32
+    assert 4 * rows * columns * 4 == memory.TILES  # four of them, in fp32
 
 
 def test_redis_holds_what_the_wire_encodes() -> None:
@@ -152,8 +154,8 @@ def test_more_gpus_are_taken_only_where_one_is_too_small() -> None:
     small = estimate(shape_of("8B"), DEFAULTS, actors=3, gpu_bytes=24 * 2**30)
     assert big.learner_gpus < small.learner_gpus
     assert big.gpus == big.learner_gpus + 3 * big.actor_gpus
-    for found, memory in ((big, 80), (small, 24)):
-        assert found.learner_gpu_peak <= size.USABLE * memory * 2**30
+    for found, gib in ((big, 80), (small, 24)):
+        assert found.learner_gpu_peak <= size.USABLE * gib * 2**30
         assert found.learner_tokens < DEFAULTS.learner.micro_batch_tokens
     tiny = estimate(shape_of("100M"), DEFAULTS, actors=1, gpu_bytes=80 * 2**30)
     assert (tiny.learner_gpus, tiny.actor_gpus) == (1, 1)
