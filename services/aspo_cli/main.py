@@ -11,7 +11,7 @@ import typer
 
 from aspo.errors import AspoError
 from aspo.text import printable
-from aspo_cli import quarantine, weights
+from aspo_cli import quarantine, settings, weights
 from aspo_cli.options import DEFAULT_LEARNER, ConfigPath, Json, LearnerUrl, Overrides, Token
 
 INTERRUPTED = 130
@@ -21,11 +21,13 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
     help="Asynchronous off-policy RL of language models: vLLM actors, a Redis queue, an ASPO learner.",
-    epilog="Exit codes: 0 done, 1 a part of the service failed, 2 something to mend in what was asked.",
+    epilog="Exit codes: 0 done, 1 a part of the service failed, 2 something to mend in what was asked, "
+    "130 ended by Ctrl-C. Completion for your shell: aspo --install-completion",
 )
 
 app.add_typer(weights.app, name="weights")
 app.add_typer(quarantine.app, name="quarantine")
+app.add_typer(settings.app, name="config")
 
 
 def _show_version(wanted: bool) -> None:
@@ -43,7 +45,7 @@ def options(
     """Take what comes before a command's name."""
 
 
-@app.command()
+@app.command(epilog="Example: aspo demo --seed 3")
 def demo(
     seed: Annotated[int, typer.Option(help="Seeds model, data, sampling and training.")] = 0,
     runs: Annotated[Path, typer.Option(help="Parent folder of the run's folder.")] = Path("runs"),
@@ -64,23 +66,23 @@ def demo(
     raise typer.Exit(run_demo(seed=seed, runs=runs, name=name, overrides=overrides or []))
 
 
-@app.command()
+@app.command(epilog="Example: aspo learner --config my.toml")
 def learner(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run a run's learner: aspo learner --config my.toml"""
+    """Run a run's learner, which trains, publishes and ends with the model."""
     from aspo_cli.services import run_learner
 
     run_learner(config, overrides or [])
 
 
-@app.command()
+@app.command(epilog="Example: aspo actor --config my.toml --set actor.port=0")
 def actor(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Run an actor; any number may run, anywhere: aspo actor --config my.toml"""
+    """Run an actor; any number may run, anywhere."""
     from aspo_cli.services import run_actor
 
     run_actor(config, overrides or [])
 
 
-@app.command()
+@app.command(epilog="Example: aspo up --config my.toml --actors 3")
 def up(
     config: ConfigPath,
     actors: Annotated[int, typer.Option(min=0, max=64, help="Actors on this machine.")] = 1,
@@ -93,13 +95,13 @@ def up(
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Run Redis, the learner and its actors on this machine: aspo up --config my.toml --actors 3"""
+    """Run Redis, the learner and its actors on this machine."""
     from aspo_cli.up import run_up
 
     raise typer.Exit(run_up(config, actors, redis, overrides or [], ranks=ranks))
 
 
-@app.command()
+@app.command(epilog="Example: aspo size 7B --actors 4 --gpu-gib 80")
 def size(
     model: Annotated[str, typer.Argument(help="A size such as 7B, a model folder or a hub name.")],
     actors: Annotated[int, typer.Option(min=1, help="Actors.")] = 1,
@@ -110,7 +112,7 @@ def size(
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate GPUs, memory, network and Redis of a model: aspo size 7B --actors 4"""
+    """Estimate GPUs, memory, network and Redis of a model."""
     from aspo_cli.size import run_size
 
     run_size(
@@ -125,21 +127,22 @@ def size(
     )
 
 
-@app.command()
+@app.command(epilog="Example: aspo check --config my.toml --role actor")
 def check(
     config: ConfigPath,
     role: Annotated[
         Literal["learner", "actor"], typer.Option(help="Whose needs to check on this machine.")
     ] = "learner",
     overrides: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Check Redis and this machine's disk before a run; the services do the same when they start."""
     from aspo_cli.check import run_check
 
-    raise typer.Exit(run_check(config, role, overrides or []))
+    raise typer.Exit(run_check(config, role, overrides or [], as_json=as_json))
 
 
-@app.command()
+@app.command(epilog="Example: aspo relay relay-cache --learner http://learner:8000 --port 8002")
 def relay(
     folder: Annotated[Path, typer.Argument(help="Where the relay keeps the weights it serves.")],
     learner: LearnerUrl = DEFAULT_LEARNER,
@@ -160,7 +163,7 @@ def relay(
     run_relay(folder, learner, advertise, auth, http)
 
 
-@app.command()
+@app.command(epilog="Example: aspo status --learner http://learner:8000 --json")
 def status(
     learner: LearnerUrl = DEFAULT_LEARNER,
     token: Token = None,
@@ -175,7 +178,21 @@ def status(
     show_status(learner, token, watch=watch, as_json=as_json)
 
 
-@app.command()
+@app.command(epilog="Example: aspo top --learner http://learner:8000 --every 5")
+def top(
+    learner: LearnerUrl = DEFAULT_LEARNER,
+    token: Token = None,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 1.0,
+    count: Annotated[int | None, typer.Option(min=1, help="End after so many looks.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a learner and its actors live: time, curves, lags; as JSON, a line for each look."""
+    from aspo_cli.top import watch
+
+    watch(learner, token, every_s=every, count=count, as_json=as_json)
+
+
+@app.command(epilog="Example: aspo export my-model --version demo/1/42")
 def export(
     folder: Annotated[Path, typer.Argument(help="Where to write the model; must not exist yet.")],
     version: Annotated[str | None, typer.Option(help="run/epoch/step; the latest by default.")] = None,
@@ -188,7 +205,7 @@ def export(
     typer.echo(pull_version(learner, token, version, folder))
 
 
-@app.command()
+@app.command(epilog="Example: aspo bench delta --json")
 def bench(
     name: Annotated[str, typer.Argument(help="A file of the bench folder, such as actor.")],
     as_json: Json = False,

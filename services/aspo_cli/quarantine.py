@@ -29,7 +29,7 @@ app = typer.Typer(
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
-@app.command("ls")
+@app.command("ls", epilog="Example: aspo quarantine ls --config my.toml --last 100 --json")
 def list_entries(
     config: ConfigPath,
     count: Annotated[int, typer.Option("--last", min=1, help="How many of the newest to list.")] = 20,
@@ -55,7 +55,7 @@ def list_entries(
     _console().print(reasons, entries)
 
 
-@app.command()
+@app.command(epilog="Example: aspo quarantine show 1700000000000-0 --config my.toml")
 def show(
     config: ConfigPath,
     entry_id: Annotated[str, typer.Argument(metavar="ID", help="As `aspo quarantine ls` lists it.")],
@@ -78,7 +78,7 @@ def show(
     _console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example: aspo quarantine requeue 1700000000000-0 --config my.toml")
 def requeue(
     config: ConfigPath,
     ids: Annotated[list[str], typer.Argument(metavar="ID...", help="As `aspo quarantine ls` lists them.")],
@@ -91,7 +91,7 @@ def requeue(
             typer.echo(f"requeued {entry_id}")
 
 
-@app.command()
+@app.command(epilog="Example: aspo quarantine purge --older 7d --yes --config my.toml")
 def purge(
     config: ConfigPath,
     older: Annotated[str | None, typer.Option(help="Only what is older, such as 90m, 12h or 7d.")] = None,

@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from aspo.schemas import PolicyVersion
 from aspo.text import printable
 from aspo_cli.ask import LearnerUnreachable, ask
 
@@ -53,11 +54,12 @@ def show_status(url: str, token: str | None, *, watch: bool, as_json: bool) -> N
 def render(status: Status) -> Group:
     """The status as a table of the run and one of its actors."""
     trouble = [Text(status["trouble"], style="red")] if status["trouble"] else []
-    actors = _actor_table(status["actors"], status.get("without_actors_seconds"))
-    return Group(_run_table(status), *trouble, actors)
+    actors = actor_table(status["actors"], status.get("without_actors_seconds"), status["version"])
+    return Group(run_table(status), *trouble, actors)
 
 
-def _run_table(status: Status) -> Table:
+def run_table(status: Status) -> Table:
+    """What the learner is doing, as pairs of name and value."""
     metrics = status["metrics"]
     mean, worst = _number(metrics.get("staleness_mean"), 1), _number(metrics.get("staleness_max"), 0)
     tasks, groups = _number(metrics.get("queue_tasks"), 0), _number(metrics.get("queue_rollouts"), 0)
@@ -84,7 +86,8 @@ def _run_table(status: Status) -> Table:
     return table
 
 
-def _actor_table(actors: list[Status], absent_s: float | None) -> Table | Text:
+def actor_table(actors: list[Status], absent_s: float | None, newest: str | None) -> Table | Text:
+    """The actors alive, a row each, and how many versions each is behind the newest one."""
     if not actors and absent_s is None:
         return Text("the learner cannot ask Redis which actors are alive", style="yellow")
     if not actors:
@@ -102,13 +105,14 @@ def _actor_table(actors: list[Status], absent_s: float | None) -> Table | Text:
     )
     for name in ("actor", "state"):
         table.add_column(name, overflow="fold", min_width=len("sampling"))
-    for name in ("version", "tokens/s", "groups", "flying", "pause", "failed"):
+    for name in ("version", "lag", "tokens/s", "groups", "flying", "pause", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
     for actor in actors:
         table.add_row(
             Text(printable(actor["id"])),
             Text(printable(_short(actor["state"]))),
             Text(printable(_short(actor["version"])) or "-"),
+            _lag(actor["version"], newest),
             f"{actor['tokens_per_second']:,.0f}",
             f"{actor['groups']:,}",
             str(actor["groups_in_flight"]),
@@ -124,6 +128,15 @@ def _live(status: Status) -> str:
     if status["held"]:
         return f"{live} (held)"
     return f"{live} (trying {_short(status['trial']['version'])})" if status["trial"] else live
+
+
+def _lag(version: str, newest: str | None) -> str:
+    """Steps from an actor's version to the newest; - where one is unknown or of another epoch."""
+    try:
+        there, here = PolicyVersion.parse(newest or ""), PolicyVersion.parse(version)
+    except ValueError:
+        return "-"
+    return str(there.step - here.step) if there.epoch == here.epoch else "-"
 
 
 def _short(text: str) -> str:

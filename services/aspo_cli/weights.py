@@ -25,7 +25,7 @@ _NAMED = 3  # clients of a version that are listed by name
 Version = Annotated[str, typer.Argument(help="run/epoch/step, as `aspo weights ls` shows it.")]
 
 
-@app.command("ls")
+@app.command("ls", epilog="Example: aspo weights ls --json")
 def list_versions(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as_json: Json = False) -> None:
     """List the versions kept, what it takes to reach each, and who runs it."""
     found = ask(learner, "/v1/weights", token, expect={"live", "versions"})
@@ -35,7 +35,7 @@ def list_versions(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as
     _console().print(versions_table(found))
 
 
-@app.command()
+@app.command(epilog="Example: aspo weights show demo/1/42")
 def show(
     version: Version, learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None, as_json: Json = False
 ) -> None:
@@ -56,7 +56,7 @@ def show(
     _console().print(table)
 
 
-@app.command()
+@app.command(epilog="Example: aspo weights pull my-model --version demo/1/42")
 def pull(
     folder: Annotated[Path, typer.Argument(help="Where to write the model; must not exist yet.")],
     version: Annotated[str | None, typer.Option(help="run/epoch/step; the live one by default.")] = None,
@@ -72,7 +72,7 @@ def pull(
     typer.echo(pull_version(learner, token, version, folder, adapter=adapter))
 
 
-@app.command()
+@app.command(epilog="Example: aspo weights verify --store runs/demo/state/weights")
 def verify(
     version: Annotated[str | None, typer.Argument(help="run/epoch/step; the live one by default.")] = None,
     learner: LearnerUrl = DEFAULT_LEARNER,
@@ -87,13 +87,13 @@ def verify(
     typer.echo(verify_store(store) if store is not None else verify_version(learner, token, version))
 
 
-@app.command()
+@app.command(epilog="Example: aspo weights promote demo/1/44")
 def promote(version: Version, learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None) -> None:
     """Make a version live, and let later ones follow by themselves."""
     typer.echo(_tell(learner, f"/v1/weights/{version}/promote", token))
 
 
-@app.command()
+@app.command(epilog="Example: aspo weights rollback demo/1/40 --continue")
 def rollback(
     version: Version,
     continue_training: Annotated[
@@ -107,7 +107,7 @@ def rollback(
     typer.echo(_tell(learner, "/v1/weights/rollback", token, body))
 
 
-@app.command()
+@app.command(epilog="Example: aspo weights snapshot")
 def snapshot(learner: LearnerUrl = DEFAULT_LEARNER, token: Token = None) -> None:
     """Have the learner store its newest version whole, so that newcomers need no deltas."""
     typer.echo(_tell(learner, "/v1/weights/snapshot", token))

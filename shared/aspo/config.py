@@ -409,7 +409,7 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
 
     _refuse_unknown_variables()
     try:
-        settings = FileConfig(**_parse_overrides(overrides))
+        settings = FileConfig(**parse_overrides(overrides))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except SettingsError as error:
@@ -447,7 +447,7 @@ def _suggest(location: tuple[int | str, ...]) -> str:
     return f"; did you mean '{close[0]}'?" if close else f"; known keys: {', '.join(fields)}"
 
 
-def _parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """Turn `a.b=value` strings into a nested dict; values are TOML where they parse as TOML, else strings."""
     tree: dict[str, Any] = {}
     for text in overrides:
