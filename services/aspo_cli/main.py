@@ -205,6 +205,21 @@ def export(
     typer.echo(pull_version(learner, token, version, folder))
 
 
+@app.command(epilog="Example: aspo report demo demo.1 --output comparison")
+def report(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Runs, by name or folder.")],
+    runs: Annotated[Path, typer.Option(help="Parent folder of the runs' folders.")] = Path("runs"),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write to; the first run's `report`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write what runs came to, one or several side by side, as one HTML file and PNG files."""
+    from aspo_cli.report import run_report
+
+    run_report(names, runs, output=output, as_json=as_json)
+
+
 @app.command(epilog="Example: aspo bench delta --json")
 def bench(
     name: Annotated[str, typer.Argument(help="A file of the bench folder, such as actor.")],

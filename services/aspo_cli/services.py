@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import os
 import signal
@@ -22,7 +23,9 @@ from aspo.fence import Fence
 from aspo.preflight import require
 from aspo.queue import OUTAGE_S, QueueError, QueueUnreachable, connect
 from aspo.telemetry import setup_logging
+from aspo.weights.blobs import write_file
 from aspo.weights.manifest import WeightsError
+from aspo_cli.settings import effective
 
 log = logging.getLogger(__name__)
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -79,9 +82,19 @@ def run_learner(path: Path, overrides: list[str]) -> None:
         with _denials():
             fence = hold_run(config)
         try:
+            _keep_record(path, overrides, config.run.path)
             _train(config, fence)
         finally:
             fence.release()
+
+
+def _keep_record(path: Path, overrides: list[str], folder: Path) -> None:
+    """Leave in the run's folder what it was started with, but for secrets, and from now on what it logs."""
+    from aspo_learner.events import EventLog
+
+    settings = {s.name: {"value": s.value, "source": s.source} for s in effective(path, overrides)}
+    write_file(folder / "config.json", f"{json.dumps(settings, indent=1)}\n".encode())
+    logging.getLogger().addHandler(EventLog(folder / "events.jsonl"))
 
 
 def hold_run(config: Config) -> Fence:

@@ -21,6 +21,7 @@ from aspo.weights.adapters import exported_files
 from aspo.weights.blobs import write_file
 from aspo.weights.manifest import StorageError
 from aspo_learner.batching import repetition
+from aspo_learner.curves import SUMMARY, draw
 from aspo_learner.policy import Policy
 from aspo_learner.publisher import Publisher
 from aspo_learner.staleness import StalenessRule, describe_staleness
@@ -128,7 +129,7 @@ class RunHistory:
         }
         write_file(self._folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         if self._steps:
-            plot_curves(self._steps, self._folder / "curves.png")
+            draw({self._folder.name: self._steps}, SUMMARY, self._folder / "curves.png")
         return summary
 
 
@@ -146,32 +147,6 @@ def save_model(files: Mapping[str, bytes], tensors: dict[str, Any], path: Path) 
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except safetensors.SafetensorError as error:
         raise StorageError(f"cannot write {path} ({error}); free some disk") from error
-
-
-def plot_curves(steps: Sequence[dict[str, float]], path: Path) -> None:
-    """Draw reward and accuracy, entropy, staleness and the ratio by step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {
-        "Reward": {"reward": "sampled, T = 1", "accuracy": "held-out, greedy"},
-        "Entropy (nats per token)": {"entropy": "policy"},
-        "Staleness (versions)": {"staleness_mean": "mean", "staleness_max": "max"},
-        "Importance ratio r": {"ratio_p01": "1 %", "ratio_mean": "mean", "ratio_p99": "99 %"},
-    }
-    figure = Figure(figsize=(10, 6.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (title, curves) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for name, label in curves.items():
-            points = [(m["step"], m[name]) for m in steps if name in m]
-            if points:
-                style = "steps-post" if name == "accuracy" else "default"
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.4, drawstyle=style)
-        axes.set_title(title, loc="left", fontsize=11)
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=120)
 
 
 def describe_batch(

@@ -88,6 +88,9 @@ def test_the_policy_learns_and_the_data_is_stale(
     assert summary["rollouts"] == STEPS * 4 * 8
     assert 0 <= summary["learner_idle_fraction"] < 1
     assert (project / "runs/sevens/curves.png").read_bytes()[:4] == b"\x89PNG"
+    settings = json.loads((project / "runs/sevens/config.json").read_text())
+    assert settings["run.name"]["value"] == "sevens"
+    assert '"aspo_learner.learner"' in (project / "runs/sevens/events.jsonl").read_text()
 
 
 def test_sets_are_mixed_and_the_parts_of_the_reward_are_told(
