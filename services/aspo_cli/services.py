@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from redis.exceptions import NoPermissionError
 
 from aspo.config import AuthConfig, Config, ConfigError, HttpConfig, describe_validation_error, load_config
+from aspo.effective import effective
 from aspo.errors import AspoError
 from aspo.fence import Fence
 from aspo.preflight import require
@@ -25,7 +26,6 @@ from aspo.queue import OUTAGE_S, QueueError, QueueUnreachable, connect
 from aspo.telemetry import setup_logging
 from aspo.weights.blobs import write_file
 from aspo.weights.manifest import WeightsError
-from aspo_cli.settings import effective
 
 log = logging.getLogger(__name__)
 _DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}

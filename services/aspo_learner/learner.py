@@ -486,6 +486,7 @@ class Learner:
             "step": float(self.step),
             "queue_tasks": float(sum(self._tasks.depth().values())),
             "queue_rollouts": float(self._reader.depth()),
+            "tracker_failures": float(self._history.trackers.failures),
         }
         if self._history.accuracy is not None:
             metrics["accuracy"] = self._history.accuracy

@@ -25,6 +25,7 @@ from aspo_learner.curves import SUMMARY, draw
 from aspo_learner.policy import Policy
 from aspo_learner.publisher import Publisher
 from aspo_learner.staleness import StalenessRule, describe_staleness
+from aspo_learner.trackers import Trackers
 
 log = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
@@ -41,6 +42,7 @@ class RunHistory:
         self._started = time.monotonic()
         self._steps: list[dict[str, float]] = []
         self.last: dict[str, float] = {}
+        self.trackers = Trackers(config)
         self.accuracy_before: float | None = None
         self.accuracy: float | None = None
         self.accuracy_after: float | None = None
@@ -70,6 +72,7 @@ class RunHistory:
         self.rollouts += rollouts
         with (self._folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps({"seconds": round(self.seconds, 3)} | metrics) + "\n")
+        self.trackers.log(metrics)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of the history."""
@@ -130,6 +133,7 @@ class RunHistory:
         write_file(self._folder / "summary.json", f"{json.dumps(summary, indent=2)}\n".encode())
         if self._steps:
             draw({self._folder.name: self._steps}, SUMMARY, self._folder / "curves.png")
+        self.trackers.close()
         return summary
 
 

@@ -38,6 +38,7 @@ from aspo.task_config import PromptSet as PromptSet
 from aspo.task_config import RewardConfig as RewardConfig
 from aspo.task_config import RewardPart as RewardPart
 from aspo.task_config import SamplingConfig as SamplingConfig
+from aspo.watch_config import TrackersConfig as TrackersConfig
 
 ENV_PREFIX = "ASPO_"
 ENV_DELIMITER = "__"
@@ -365,6 +366,7 @@ class Config(BaseSettings):
     weights: WeightsConfig = WeightsConfig()
     canary: CanaryConfig = CanaryConfig()
     actor: ActorConfig = ActorConfig()
+    trackers: TrackersConfig = TrackersConfig()
     auth: AuthConfig = AuthConfig()
 
     @model_validator(mode="after")

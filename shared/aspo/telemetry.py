@@ -81,6 +81,7 @@ LEARNER_METRICS = {
     "checkpoint_seconds": "Time of the durable checkpoint, when there was one",
     "queue_tasks": "Tasks waiting or being worked on",
     "queue_rollouts": "Rollout groups stored and not yet acknowledged",
+    "tracker_failures": "Steps that a tracker was not told since the start",
     "actors": "Actors alive",
     "ended_stale": "Groups dropped for staleness since the start",
     "ended_duplicate": "Groups seen twice since the start",

@@ -10,9 +10,10 @@ import pytest
 from jsonschema import Draft202012Validator
 from typer.testing import CliRunner
 
+from aspo.effective import effective
 from aspo_cli.demo import write_config
 from aspo_cli.main import app
-from aspo_cli.settings import config_schema, effective
+from aspo_cli.settings import config_schema
 
 TOML = """\
 [run]
@@ -25,6 +26,8 @@ path = "questions.jsonl"
 url = "rediss://learner:hunter2@redis:6379/0?password=hunter2"
 [reward]
 options = { api_key = "hunter2", max_tokens = 8, nested = { auth_token = "hunter2" } }
+[trackers]
+wandb = { anonymous_key = "hunter2" }
 [auth]
 reader_token_file = "reader"
 [learner]
