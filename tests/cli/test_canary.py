@@ -18,7 +18,7 @@ from project import aspo_weights, learner_url, make_project, metrics_of, post, s
 from services import Service, wait_until
 
 STEPS = 6
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.faults, pytest.mark.vllm, pytest.mark.timeout(900)]
 Actors = tuple[Service, Service]
 
 
@@ -134,7 +134,6 @@ def test_a_bad_version_never_leaves_the_canary_and_training_ends(
     assert [m["step"] for m in metrics_of(project, "canary")] == list(range(1, 2 * STEPS + 1))
 
 
-@pytest.mark.faults
 def test_an_operators_word_on_what_is_live_reaches_both_actors(project: Path, actors: Actors) -> None:
     """Back while training goes on, then on to the newest, which is not tried again; later ones are."""
     url = learner_url(project)
@@ -171,7 +170,6 @@ def test_an_operators_word_on_what_is_live_reaches_both_actors(project: Path, ac
     assert "withdrawn" not in learner.text
 
 
-@pytest.mark.faults
 def test_a_canary_killed_in_its_trial_is_replaced(tmp_path: Path, redis_url: str, run: str) -> None:
     """Its trial times out, the next one goes to the other actor, and the run goes on to its end."""
     project, steps, timeout = make_project(tmp_path, redis_url, run=run), 20, "canary.timeout_s=16"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
+import pytest
 import redis
 
 from crashing import Outcome, Project, nothing_is_left
@@ -35,6 +36,7 @@ FAILPOINTS = (
 )
 
 
+@pytest.mark.faults
 def test_a_learner_killed_at_every_step_trains_as_if_it_had_not_died(
     project: Project, undisturbed: Outcome, client: redis.Redis, redis_url: str
 ) -> None:

@@ -65,9 +65,8 @@ def test_a_learner_told_to_stop_does_not_wait_for_disk(
         ends_well(project, project.learner(), client, undisturbed)
 
 
-@pytest.mark.parametrize(
-    "name", ["state/plan.jsonl", pytest.param("metrics.jsonl", marks=pytest.mark.faults)]
-)
+@pytest.mark.faults
+@pytest.mark.parametrize("name", ["state/plan.jsonl", "metrics.jsonl"])
 def test_a_full_disk_under_a_log_of_the_run_ends_the_learner_plainly(
     project: Project, undisturbed: Outcome, client: redis.Redis, redis_url: str, name: str
 ) -> None:
@@ -105,7 +104,9 @@ def lose_a_part(checkpoint: Path) -> None:
     (checkpoint / "state.json").unlink()
 
 
-@pytest.mark.parametrize("spoil", [flip, truncate, lose_a_part])
+@pytest.mark.parametrize(
+    "spoil", [flip, *(pytest.param(spoil, marks=pytest.mark.faults) for spoil in (truncate, lose_a_part))]
+)
 def test_a_spoilt_checkpoint_is_passed_over_for_the_one_before(
     project: Project,
     undisturbed: Outcome,

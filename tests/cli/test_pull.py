@@ -42,7 +42,7 @@ def stalled(tmp_path: Path) -> Iterator[tuple[str, threading.Event]]:
         yield server.url, begun
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
 def test_a_pull_that_is_ended_leaves_nothing_behind(
     stalled: tuple[str, threading.Event], tmp_path: Path, signum: signal.Signals
 ) -> None:

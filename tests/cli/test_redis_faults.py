@@ -61,7 +61,7 @@ def test_rollouts_whose_stores_were_not_confirmed_are_stored_and_trained_once(
     assert metrics_of(project.folder, project.run)[-1]["ended_duplicate"] == 0
 
 
-@pytest.mark.parametrize("command", [b"XREADGROUP", b"XACK"])
+@pytest.mark.parametrize("command", [pytest.param(b"XREADGROUP", marks=pytest.mark.faults), b"XACK"])
 def test_what_the_learner_was_not_told_it_learns_and_does_once(
     project: Project,
     undisturbed: Outcome,
@@ -79,7 +79,9 @@ def test_what_the_learner_was_not_told_it_learns_and_does_once(
     assert "no rollout for" not in learner.text, "it waited instead of reading again"
 
 
-@pytest.mark.parametrize("policy", ["always", "everysec", "off"])
+@pytest.mark.parametrize(
+    "policy", ["everysec", *(pytest.param(policy, marks=pytest.mark.faults) for policy in ("always", "off"))]
+)
 def test_a_killed_redis_loses_no_rollout_or_has_them_made_again(
     tmp_path: Path, own_redis: Callable[..., RedisServer], undisturbed: Outcome, run: str, policy: str
 ) -> None:
