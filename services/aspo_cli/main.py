@@ -220,15 +220,22 @@ def report(
     run_report(names, runs, output=output, as_json=as_json)
 
 
-@app.command(epilog="Example: aspo bench delta --json")
+@app.command(
+    epilog="Example: aspo bench delta --json",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
 def bench(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="A file of the bench folder, such as actor.")],
     as_json: Json = False,
 ) -> None:
-    """Run a benchmark; each prints ratios to a peer or a limit measured in the same run."""
+    """Run a benchmark; each prints ratios to a peer or a limit measured in the same run.
+
+    Options that it does not know go to the benchmark, such as --trace FILE to learner.
+    """
     from aspo_cli.bench import run_bench
 
-    run_bench(name, as_json=as_json)
+    run_bench(name, context.args, as_json=as_json)
 
 
 def run() -> None:

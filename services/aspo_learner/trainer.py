@@ -30,6 +30,7 @@ from aspo_learner.advantages import batch_advantages
 from aspo_learner.batching import MicroBatch, TrainingSequence, micro_batches, sequences_of
 from aspo_learner.groups import teaches
 from aspo_learner.optimizer import Updater
+from aspo_learner.phases import Phases
 from aspo_learner.policy import Policy
 from aspo_learner.ranks import Forget, Ranks, Resume, Train
 from aspo_learner.sharding import sum_over_copies
@@ -48,6 +49,7 @@ class Trainer:
         self._estimator = config.groups.advantage
         self._loss = build_loss(config.loss)
         self._ranks = policy.ranks
+        self.phases = Phases(policy.device)
         self._reference = policy.reference() if config.loss.kl_coefficient > 0 else None
         self.updater = Updater(policy.trained(), config.learner)
         self._random = np.random.default_rng([config.run.seed, 1])
@@ -71,6 +73,33 @@ class Trainer:
         """
         if self._ranks.size > 1:
             self._ranks.announce(_order(groups, weights, lags))
+        with self.phases("advantages"):
+            sequences, informative = self._sequences(groups, weights, lags)
+        report = _StepReport()
+        if sequences:
+            proximal = self._proximal(sequences)
+            for mini_batch in self._mini_batches(sequences, informative):
+                self._update(sequences, mini_batch, proximal, report)
+        if self._ranks.size > 1:
+            report = report.joined(self._ranks)
+        with self.phases("metrics"):
+            metrics = report.summary() | {
+                "uninformative_fraction": 1 - informative / max(1, len(groups)),
+                "learning_rate": self.updater.learning_rate(),
+                "skipped_updates": float(self.updater.skipped),
+            }
+        self._warn_if_inert(metrics)
+        if self.policy.room is not None:
+            self.policy.room.compare(self.updater.updates)
+        return metrics
+
+    def _sequences(
+        self,
+        groups: Sequence[RolloutGroup],
+        weights: Sequence[FloatArray] | None,
+        lags: Sequence[IntArray] | None,
+    ) -> tuple[list[TrainingSequence], int]:
+        """What is trained on, with its advantages, and of how many groups it is."""
         none: list[Any] = [None] * len(groups)
         advantages = batch_advantages([torch.tensor(group.rewards) for group in groups], self._estimator)
         informative = [
@@ -83,22 +112,7 @@ class Trainer:
             for number, (group, own, weight, lag) in enumerate(informative)
             for sequence in sequences_of(group, own, number, weight, lag)
         ]
-        report = _StepReport()
-        if sequences:
-            proximal = self._proximal(sequences)
-            for mini_batch in self._mini_batches(sequences, len(informative)):
-                self._update(sequences, mini_batch, proximal, report)
-        if self._ranks.size > 1:
-            report = report.joined(self._ranks)
-        metrics = report.summary() | {
-            "uninformative_fraction": 1 - len(informative) / max(1, len(groups)),
-            "learning_rate": self.updater.learning_rate(),
-            "skipped_updates": float(self.updater.skipped),
-        }
-        self._warn_if_inert(metrics)
-        if self.policy.room is not None:
-            self.policy.room.compare(self.updater.updates)
-        return metrics
+        return sequences, len(informative)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer tensors."""
@@ -131,7 +145,7 @@ class Trainer:
                 yield [i for i, sequence in enumerate(sequences) if sequence.group in chosen]
 
     def _split(self, sequences: Sequence[TrainingSequence], indices: Sequence[int]) -> Iterator[MicroBatch]:
-        return micro_batches(
+        batches = micro_batches(
             sequences,
             indices,
             max_tokens=self._config.micro_batch_tokens,
@@ -139,6 +153,12 @@ class Trainer:
             rank=self._ranks.rank,
             ranks=self._ranks.size,
         )
+        while True:
+            with self.phases("packing"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     @torch.no_grad()
     def _proximal(self, sequences: Sequence[TrainingSequence]) -> list[Tensor] | None:
@@ -152,7 +172,8 @@ class Trainer:
         found = torch.zeros(sum(lengths), device=self.policy.device)
         by_sequence = list(torch.split(found, lengths))
         for batch in self._split(sequences, range(len(sequences))):
-            logprobs, _ = self.policy.score(batch, self._temperature)
+            with self.phases("forward"):
+                logprobs, _ = self.policy.score(batch, self._temperature)
             for row, index in enumerate(batch.indices):
                 by_sequence[index].copy_(logprobs[row, : lengths[index]])
         self._ranks.add_up(found)  # a sequence's are zero everywhere but at the rank that had it
@@ -172,13 +193,35 @@ class Trainer:
             assert batch is not None
             sum_over_copies(self.policy.scorer, following is None)
             loss = self._micro_loss(batch, proximal, tokens if by_token else float(len(indices)), report)
-            loss.backward()  # type: ignore[no-untyped-call]
-        report.finish_update(self.updater.update())
+            with self.phases("backward"):
+                loss.backward()  # type: ignore[no-untyped-call]
+        with self.phases("optimizer"):
+            norm = self.updater.update()
+        report.finish_update(norm)
 
     def _micro_loss(
         self, batch: MicroBatch, proximal: list[Tensor] | None, normalizer: float, report: _StepReport
     ) -> Tensor:
-        logprobs, entropy = self.policy.score(batch, self._temperature)
+        with self.phases("forward"):
+            logprobs, entropy = self.policy.score(batch, self._temperature)
+            reference = self._score_reference(batch)
+        with self.phases("loss"):
+            loss, metrics, old, correction = self._loss_of(batch, logprobs, entropy, proximal, normalizer)
+            if reference is not None:
+                loss = loss + self._kl_term(batch, logprobs, reference, normalizer, metrics)
+        with self.phases("metrics"):
+            report.add(metrics, loss, logprobs.detach(), old, correction, batch)
+        return loss
+
+    def _loss_of(
+        self,
+        batch: MicroBatch,
+        logprobs: Tensor,
+        entropy: Tensor,
+        proximal: list[Tensor] | None,
+        normalizer: float,
+    ) -> tuple[Tensor, losses.Metrics, Tensor, Tensor | None]:
+        """The loss and its metrics, and the old log-probs and corrections [B, T] that went into it."""
         old, correction = batch.behavior_logprobs, None
         if self._loss_config.ratio_reference == "proximal":
             old = self._proximal_of(batch, logprobs.detach(), proximal)
@@ -194,11 +237,8 @@ class Trainer:
         if self._loss_config.entropy_split_clip:
             options["clip_low_entropy_mask"] = losses.entropy_split_mask(entropy, batch.mask)
         loss, metrics = self._loss(logprobs, old, batch.advantages, batch.mask, **options)
-        if self._reference is not None:
-            loss = loss + self._kl_term(batch, logprobs, normalizer, metrics)
         metrics["entropy"] = losses.Mean(entropy.sum(), batch.mask.sum())
-        report.add(metrics, loss, logprobs.detach(), old, correction, batch)
-        return loss
+        return loss, metrics, old, correction
 
     @staticmethod
     def _proximal_of(batch: MicroBatch, logprobs: Tensor, known: list[Tensor] | None) -> Tensor:
@@ -213,12 +253,22 @@ class Trainer:
         rows = [known[index] for index in batch.indices]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
+    @torch.no_grad()
+    def _score_reference(self, batch: MicroBatch) -> Tensor | None:
+        if self._reference is None:
+            return None
+        logprobs, _ = self.policy.score(batch, self._temperature, self._reference)
+        return logprobs
+
     def _kl_term(
-        self, batch: MicroBatch, logprobs: Tensor, normalizer: float, metrics: losses.Metrics
+        self,
+        batch: MicroBatch,
+        logprobs: Tensor,
+        reference: Tensor,
+        normalizer: float,
+        metrics: losses.Metrics,
     ) -> Tensor:
         """K3 KL to the initial policy, normalised as the loss is."""
-        with torch.no_grad():
-            reference, _ = self.policy.score(batch, self._temperature, self._reference)
         kl = losses.k3_kl(logprobs, reference, batch.mask)
         metrics["kl_reference"] = losses.Mean(kl.detach().sum(), batch.mask.sum())
         aggregation = inspect.signature(self._loss).parameters["aggregation"].default

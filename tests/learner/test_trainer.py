@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -304,3 +305,18 @@ def test_repetition_counts_repeated_four_grams() -> None:
     assert repetition(np.arange(10, dtype=np.int32)) == 0
     assert repetition(np.array([1, 2, 3], dtype=np.int32)) == 0
     assert repetition(np.zeros(13, dtype=np.int32)) == pytest.approx(0.9)
+
+
+def test_the_parts_of_a_step_are_timed_if_asked_for_and_make_it_up(small_model: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, model=small_model, overrides=["loss.kl_coefficient=0.1"])
+    trainer = make_trainer(config)
+    groups = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
+    trainer.train_step(groups)
+    assert trainer.phases.seconds is None
+    trainer.phases.seconds = {}
+    began = time.perf_counter()
+    trainer.train_step(groups)
+    took = time.perf_counter() - began
+    parts = trainer.phases.seconds
+    assert set(parts) == {"advantages", "packing", "forward", "loss", "backward", "optimizer", "metrics"}
+    assert 0.5 * took < sum(parts.values()) <= took  # no part is counted twice
