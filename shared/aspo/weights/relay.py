@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry
 from aspo.config import AuthConfig, HttpConfig
 from aspo.http import bind, create_app, reachable
 from aspo.schemas import PolicyVersion
+from aspo.weights.adapters import base_of
 from aspo.weights.client import VersionGone, WeightClient
 from aspo.weights.leases import Leases
 from aspo.weights.manifest import BlobRef, Manifest, Plan, Transfer, WeightsError
@@ -48,6 +49,9 @@ class Relay:
         self._leases = Leases()
         self._store = WeightStore(folder, leased=self._leases.versions)
         self._since_refresh = 0
+        self._base: tuple[
+            BlobRef, ...
+        ] = ()  # that of adapters, which is large: not verified for every version
         self._reason: str | None = "nothing fetched yet"
         self.app = create_app("relay", auth=auth, ready=lambda: self._reason, registry=CollectorRegistry())
         self.app.include_router(weight_routes(self._store, self._leases))
@@ -97,7 +101,7 @@ class Relay:
         await self._take(client, plan)
         self._store.promote(plan.manifest.policy_version)
         if self._since_refresh >= _REFRESH_EVERY:
-            self._since_refresh = 0
+            self._since_refresh, self._base = 0, ()
             await self._take(client, await client.plan(plan.manifest.version))
         await asyncio.to_thread(self._store.collect)
 
@@ -106,7 +110,8 @@ class Relay:
         for transfer in plan.transfers:
             if transfer.version not in manifests:
                 manifests[transfer.version] = await client.manifest(transfer.version)
-        await client.fetch(_refs(plan, manifests), plan.peers)
+        await client.fetch([ref for ref in _refs(plan, manifests) if ref not in self._base], plan.peers)
+        self._base = base_of(plan.manifest)
         by_version: dict[str, list[Transfer]] = {}
         for transfer in plan.transfers:
             by_version.setdefault(transfer.version, []).append(transfer)
