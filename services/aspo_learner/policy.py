@@ -106,14 +106,14 @@ class Policy:
         model.eval()
         if self._checkpoint_activations and trained:
             _checkpoint_layers(model, self._path)
-        if self.ranks.mesh is None:
-            model.to(self.device)
-        if self.ranks.leads:
-            _require_isolation(model, self._path)
         if self._lora is not None:
             adapters.inject(model, self._lora, self._path)
             if self._bf16 and self._dtype == torch.bfloat16:  # to which autocast would bring them every time
                 adapters.hold_base_in(model, self._dtype)
+        if self.ranks.mesh is None:
+            model.to(self.device)
+        if self.ranks.leads:
+            _require_isolation(model, self._path, bf16=self._bf16)
         scorer = Scorer(model, bf16=self._bf16)
         if self.ranks.mesh is not None:
             _spread(scorer, self._path, self.ranks, bf16=self._bf16, offload=self._offload, trained=trained)
@@ -269,7 +269,7 @@ def _spread(scorer: Scorer, path: str, ranks: Ranks, *, bf16: bool, offload: boo
 
 
 @torch.no_grad()
-def _require_isolation(model: Any, path: str) -> None:
+def _require_isolation(model: Any, path: str, *, bf16: bool) -> None:
     """Raise ConfigError if a packed sequence sees its neighbour, as where a layer keeps a running state."""
     device = next(model.parameters()).device
     found = []
@@ -277,9 +277,13 @@ def _require_isolation(model: Any, path: str) -> None:
         packed = torch.tensor([[first, first, 2, 3]], device=device)
         positions = torch.tensor([[0, 1, 0, 1]], device=device)
         try:
-            out = model.base_model(
-                input_ids=packed, position_ids=positions, packing=Packing.of([2, 2], device), use_cache=False
-            )
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                out = model.base_model(
+                    input_ids=packed,
+                    position_ids=positions,
+                    packing=Packing.of([2, 2], device),
+                    use_cache=False,
+                )
         except TypeError as error:
             raise ConfigError(
                 f"{path}: {type(model).__name__} cannot be packed ({error}); {_OTHER}"
