@@ -51,7 +51,8 @@ class Trials:
         versions = {span.version for spans in group.spans for span in spans}
         if group.purpose != "train" or not group.lengths[0]:
             return
-        prompt, completion = group.prompt_ids.tolist(), group.token_ids[: group.lengths[0]].tolist()
+        first = group.turns[0][0] if group.turns else group.lengths[0]  # what the model said by itself
+        prompt, completion = group.prompt_ids.tolist(), group.token_ids[:first].tolist()
         self._sequences.append((prompt + completion, len(completion)))
         if len(versions) == 1:
             self._rewards.append((versions.pop(), float(group.rewards.mean())))

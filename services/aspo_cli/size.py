@@ -121,7 +121,7 @@ def estimate(
 ) -> Estimate:
     """All figures of one model; raises ConfigError for GPUs that are too small for any number of them."""
     published = shape.parameters * PUBLISHED[config.model.dtype]
-    room, longest = int(USABLE * gpu_bytes), prompt_tokens + config.sampling.max_tokens
+    room, longest = int(USABLE * gpu_bytes), prompt_tokens + config.longest_completion
     learner_gpus, tokens = fit_learner(shape, config, longest, room)
     kv = 2 * shape.layers * shape.key * PUBLISHED[config.model.dtype]
     actor_gpus = 1
@@ -154,9 +154,9 @@ def estimate(
 
 def redis_bytes(config: Config) -> int:
     """The rollouts that may lie in Redis at once: those asked for, and those not yet in a checkpoint."""
-    learner, sampling = config.learner, config.sampling
+    learner = config.learner
     groups = (learner.max_staleness + 1 + learner.checkpoint_every) * learner.batch_prompts
-    return int(groups * sampling.group_size * sampling.max_tokens * WIRE_BYTES)
+    return int(groups * config.sampling.group_size * config.longest_completion * WIRE_BYTES)
 
 
 def run_size(

@@ -18,8 +18,9 @@ from aspo_learner.attention import Packing
 class TrainingSequence:
     """One completion with what the loss needs.
 
-    Shapes: prompt_ids [P]; completion_ids, behavior_logprobs, weights, lags [C]. A token of weight 0 is
-    context and no more: it is neither scored nor counted. A lag is how many versions old a token's policy is.
+    Shapes: prompt_ids [P]; completion_ids, behavior_logprobs, weights, lags [C]. A token of weight 0, as all
+    of an environment's are, is context and no more: it is neither scored nor counted. A lag is how many
+    versions old a token's policy is.
     """
 
     prompt_ids: IntArray
@@ -76,11 +77,11 @@ def sequences_of(
 ) -> Iterator[TrainingSequence]:
     """Cut a group into its sequences, each with its advantage; one without a token to train on is left out.
 
-    `weights` [sum(lengths)] are the tokens' weights in the loss, None is 1 for all; `lags` [sum(lengths)] how
-    many versions late they are, None is 0.
+    `weights` [sum(lengths)] are the weights in the loss of the model's tokens, None is 1 for all; those of an
+    environment have 0 in any case. `lags` [sum(lengths)] is how many versions late they are, None is 0.
     """
     offsets = group.offsets
-    weights = np.ones_like(group.behavior_logprobs) if weights is None else weights
+    weights = np.where(group.by_model, 1 if weights is None else weights, 0).astype(np.float32)
     lags = np.zeros_like(group.token_ids) if lags is None else lags
     for i, advantage in enumerate(advantages):
         part = slice(offsets[i], offsets[i + 1])

@@ -129,10 +129,11 @@ def room_for_prompts(config: Config, context: int) -> int:
     `context` is the model's.
     """
     context = min(context, config.actor.engine.max_model_len or context)
-    room = context - config.sampling.max_tokens
+    room = context - config.longest_completion
     if room < 1:
+        said = f" and environment.max_tokens ({config.environment.room})" if config.environment.room else ""
         raise ConfigError(
-            f"sampling.max_tokens ({config.sampling.max_tokens}) leaves no room for a prompt in "
+            f"sampling.max_tokens ({config.sampling.max_tokens}){said} leaves no room for a prompt in "
             f"a context of {context} tokens; lower it"
         )
     return room

@@ -33,6 +33,7 @@ class Limits:
     max_prompt_tokens: int
     max_entry_bytes: int
     stamp: str = ""
+    max_environment_tokens: int = 0
 
 
 class Asker(Protocol):
@@ -133,7 +134,7 @@ class Intake:
         return self._give([(index, groups[index]) for index in indices])
 
     def dropped_lengths(self) -> list[IntArray]:
-        """The [G] response lengths of each group dropped for staleness since the last call."""
+        """The [G] model_lengths of each group dropped for staleness since the last call."""
         dropped, self._dropped = self._dropped, []
         return dropped
 
@@ -165,6 +166,7 @@ class Intake:
                 max_tokens=self.limits.max_tokens,
                 max_prompt_tokens=self.limits.max_prompt_tokens,
                 current=current,
+                max_environment_tokens=self.limits.max_environment_tokens,
             )
         except CodecError as error:
             reason, altered = f"undecodable: {error.code}: {error}", error.code == "digest"
@@ -221,7 +223,7 @@ class Intake:
                 fresh.append((index, group))
             else:
                 self.ended["stale"] += 1
-                self._dropped.append(group.lengths)
+                self._dropped.append(group.model_lengths)
                 self._end(index)
         self._ready = fresh
 

@@ -219,6 +219,7 @@ class Learner:
             max_prompt_tokens=self._room,
             max_entry_bytes=config.redis.max_entry_mib * 2**20,
             stamp=self._hello.stamp,
+            max_environment_tokens=config.environment.room,
         )
         staleness = StalenessRule(
             max_staleness=config.learner.max_staleness,

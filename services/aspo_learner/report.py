@@ -162,13 +162,13 @@ def describe_batch(
 ) -> dict[str, float]:
     """A batch's own figures: reward, length, staleness, repetition."""
     rewards = np.concatenate([group.rewards for group in groups]).astype(np.float64)
-    lengths = np.concatenate([group.lengths for group in groups])
+    lengths = np.concatenate([group.model_lengths for group in groups])
     better = np.concatenate([group.rewards > group.rewards.mean() for group in groups])
     repeats = np.array(
         [
             repetition(tokens)
             for group in groups
-            for tokens in np.split(group.token_ids, np.cumsum(group.lengths)[:-1])
+            for tokens in np.split(group.token_ids[group.by_model], np.cumsum(group.model_lengths)[:-1])
         ]
     )
     described = {
@@ -181,9 +181,19 @@ def describe_batch(
         "repetition_correct": float(repeats[better].mean()) if better.any() else 0.0,
         "repetition_wrong": float(repeats[~better].mean()) if (~better).any() else 0.0,
         "tokens": float(lengths.sum()),
+        **_describe_turns(groups),
     }
     staleness = describe_staleness(rule, groups, weights, dropped, current)
     return described | _reward_parts(groups) | staleness
+
+
+def _describe_turns(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """How long the conversations with an environment were; nothing where there is none."""
+    if not any(group.turns for group in groups):
+        return {}
+    turns = [(len(sample) + 1) // 2 for group in groups for sample in group.turns]
+    replies = sum(int((~group.by_model).sum()) for group in groups)
+    return {"turns": float(np.mean(turns)), "environment_tokens": float(replies)}
 
 
 def describe_sets(groups: Sequence[RolloutGroup], sources: Sequence[str]) -> dict[str, float]:

@@ -94,14 +94,15 @@ def describe_staleness(
 ) -> dict[str, float]:
     """What the rule did in one step: lags, counts by reason, and the bias in length that it caused.
 
-    `groups` are the batch and `weights` its tokens'; `dropped` holds the [G] response lengths of each group
-    dropped since the batch before. With n a response's tokens and e its mean token weight, the mean length of
-    what is trained is sum(e * n) / sum(e) over the batch, that of what arrived is the mean of n over batch
-    and dropped groups alike, and the bias is the first over the second, less 1: 0 where nothing was stale.
+    `groups` are the batch and `weights` its tokens', of which those of the model count; `dropped` holds the
+    [G] response lengths of each group dropped since the batch before. With n a response's tokens and e its
+    mean token weight, the mean length of what is trained is sum(e * n) / sum(e) over the batch, that of what
+    arrived is the mean of n over batch and dropped groups alike, and the bias is the first over the second,
+    less 1: 0 where nothing was stale.
     """
     staleness = [rule.staleness_of(group, current) for group in groups]
-    lengths = np.concatenate([group.lengths for group in groups])
-    tokens = np.concatenate(weights)
+    lengths = np.concatenate([group.model_lengths for group in groups])
+    tokens = np.concatenate([own[group.by_model] for group, own in zip(groups, weights, strict=True)])
     effective = np.add.reduceat(tokens.astype(np.float64), np.cumsum(lengths) - lengths)
     arrived = float(np.concatenate([lengths, *dropped]).mean())
     trained = float(effective.sum() / (effective / lengths).sum())

@@ -32,6 +32,7 @@ MAX_TASK_BYTES = 4 * 2**20
 MAX_SAMPLES = 1024
 MAX_TOKENS = 2**22  # completion tokens of a group, and prompt tokens
 MAX_SPANS = 256  # policy versions within one completion
+MAX_TURNS = 128  # of the model, in one completion
 MAX_PARTS = 64  # of a reward
 MAX_NAME = 128  # characters of a uid or an actor's name
 MAX_TEMPERATURE = 100.0
@@ -79,6 +80,7 @@ _PerSample1 = Annotated[bytes, Meta(max_length=MAX_SAMPLES)]
 _PerSample4 = Annotated[bytes, Meta(max_length=4 * MAX_SAMPLES)]
 _PerToken4 = Annotated[bytes, Meta(max_length=4 * MAX_TOKENS)]
 _Spans = Annotated[tuple[VersionSpan, ...], Meta(max_length=MAX_SPANS)]
+_Turns = Annotated[tuple[int, ...], Meta(max_length=2 * MAX_TURNS - 1)]
 
 
 class CodecError(AspoError, ValueError):
@@ -108,6 +110,7 @@ class _WireGroup(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     finish_reasons: Annotated[tuple[FinishReason, ...], Meta(max_length=MAX_SAMPLES)]
     spans: Annotated[tuple[_Spans, ...], Meta(max_length=MAX_SAMPLES)]
     reward_parts: Annotated[dict[_Name, _PerSample4], Meta(max_length=MAX_PARTS)] = {}
+    turns: Annotated[tuple[_Turns, ...], Meta(max_length=MAX_SAMPLES)] = ()
 
 
 _ENCODER = msgspec.msgpack.Encoder()
@@ -135,6 +138,7 @@ def encode_group(group: RolloutGroup) -> bytes:
         reward_parts={
             name: _raw("reward_parts", values, _FLOAT32) for name, values in group.reward_parts.items()
         },
+        turns=group.turns,
     )
     payload = _pack(wire)
     _read_group(payload)
@@ -169,18 +173,20 @@ def validate_group(
     max_tokens: int,
     max_prompt_tokens: int | None,
     current: PolicyVersion | None,
+    max_environment_tokens: int = 0,
 ) -> Poison | None:
     """Say why a well-formed group must not be trained on, or None.
 
-    `max_tokens` bounds a completion, `max_prompt_tokens` the prompt; None is no bound. `current` is the
-    newest version that was published; None leaves the versions unchecked. The group comes from
-    `decode_group`.
+    `max_tokens` bounds what the model says in a completion, `max_environment_tokens` what an environment
+    says in between, `max_prompt_tokens` the prompt; None is no bound. `current` is the newest version that
+    was published; None leaves the versions unchecked. The group comes from `decode_group`.
     """
     if len(group.prompt_ids) == 0:
         return "empty-prompt"
     if group.lengths.min() == 0:
         return "empty-completion"
-    if group.lengths.max() > max_tokens:
+    said = group.model_lengths
+    if said.max() > max_tokens or (group.lengths - said).max() > max_environment_tokens:
         return "too-long"
     if max_prompt_tokens is not None and len(group.prompt_ids) > max_prompt_tokens:
         return "too-long"
@@ -300,9 +306,11 @@ def _read_group(payload: bytes | memoryview) -> RolloutGroup:
         finish_reasons=wire.finish_reasons,
         spans=wire.spans,
         reward_parts={name: _view("reward_parts", raw, _FLOAT32) for name, raw in wire.reward_parts.items()},
+        turns=wire.turns,
     )
     _check_lengths(group)
     _check_spans(group)
+    _check_turns(group)
     return group
 
 
@@ -336,6 +344,20 @@ def _check_spans(group: RolloutGroup) -> None:
                 "length", f"the spans of sample {sample} cover {sum(lengths)} of {length} tokens"
             )
     _versions(group)
+
+
+def _check_turns(group: RolloutGroup) -> None:
+    if not group.turns:
+        return
+    if len(group.turns) != len(group):
+        raise CodecError("length", f"turns has {len(group.turns)} entries; there are {len(group)} samples")
+    for sample, (length, turns) in enumerate(zip(group.lengths.tolist(), group.turns, strict=True)):
+        if len(turns) % 2 == 0 or min(turns) < 1:
+            raise CodecError(
+                "range", f"the turns of sample {sample} do not begin and end with a token of the model's"
+            )
+        if sum(turns) != length:
+            raise CodecError("length", f"the turns of sample {sample} cover {sum(turns)} of {length} tokens")
 
 
 def _versions(group: RolloutGroup) -> list[PolicyVersion]:

@@ -30,6 +30,7 @@ from aspo.errors import AspoError
 from aspo.lora_config import LoraConfig
 from aspo.task_config import CodeConfig as CodeConfig
 from aspo.task_config import DataConfig as DataConfig
+from aspo.task_config import EnvironmentConfig as EnvironmentConfig
 from aspo.task_config import Estimator as Estimator
 from aspo.task_config import EvalConfig as EvalConfig
 from aspo.task_config import Fraction, Name, Section
@@ -359,6 +360,7 @@ class Config(BaseSettings):
     redis: RedisConfig = RedisConfig()
     eval: EvalConfig = EvalConfig()
     sampling: SamplingConfig = SamplingConfig()
+    environment: EnvironmentConfig = EnvironmentConfig()
     reward: RewardConfig = RewardConfig()
     groups: GroupsConfig = GroupsConfig()
     loss: LossConfig = LossConfig()
@@ -382,11 +384,17 @@ class Config(BaseSettings):
                 f"weights.publish_every ({self.weights.publish_every}) exceeds learner.max_staleness + 1 "
                 f"({bound}): all data would be too stale; lower it or raise max_staleness"
             )
-        if self.sampling.group_size * self.sampling.max_tokens > MAX_GROUP_TOKENS:
+        if self.sampling.group_size * self.longest_completion > MAX_GROUP_TOKENS:
             raise ValueError(
-                f"sampling.group_size * max_tokens exceeds {MAX_GROUP_TOKENS} tokens a group; lower one"
+                f"sampling.group_size * max_tokens exceeds {MAX_GROUP_TOKENS} tokens a group"
+                f"{', those of the environment included' if self.environment.room else ''}; lower one"
             )
         return self
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens that can follow a prompt: the model's, and in between the environment's."""
+        return self.sampling.max_tokens + self.environment.room
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:

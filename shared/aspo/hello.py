@@ -32,7 +32,11 @@ _SETTINGS = (
     "canary.enabled",
     "actor.engine.max_model_len",  # by it the learner chooses its prompts
 )
-_SETTINGS_IF_SET = ("reward.parts", "reward.options", "reward.style")  # newer ones, which most runs leave
+# Newer ones, which most runs leave.
+_SETTINGS_IF_SET = (
+    *("reward.parts", "reward.options", "reward.style"),
+    *(f"environment.{name}" for name in ("function", "options", "max_turns", "max_tokens", "role")),
+)
 _NO_VOCABULARY = (
     "config.json",
     "generation_config.json",

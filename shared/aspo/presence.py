@@ -37,6 +37,7 @@ class ActorStatus(BaseModel):
     weight_apply_seconds: float = 0.0
     weight_pause_seconds: float = 0.0
     reward_failures: int = 0
+    environment_failures: int = 0
 
 
 def announce(client: redis.Redis, status: ActorStatus, *, ttl_s: float) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
 
-_SCORED_BY = ("data.reward_columns", "reward.")  # beginnings of the settings that decide it
+_SCORED_BY = ("data.reward_columns", "reward.", "environment.")  # beginnings of the settings that decide it
 
 IntArray = NDArray[np.int32]
 FloatArray = NDArray[np.float32]
@@ -104,6 +104,10 @@ class RolloutGroup:
     Shapes: prompt_ids [P]; lengths, rewards, failed [G]; token_ids, behavior_logprobs [sum(lengths)]; spans
     holds, per sample, the run-length policy versions of its tokens. Log-probs are in nats, at the task's
     temperature. `reward_parts` are what the rewards were summed from, by name, [G] each, before weighting.
+
+    `turns` holds, per sample, how many tokens the model and an environment said, in turn: the model begins
+    and ends. An environment's tokens have log-prob 0 and the policy version of the turn before; they are
+    never trained on. Without an environment it is empty.
     """
 
     uid: str
@@ -119,6 +123,7 @@ class RolloutGroup:
     finish_reasons: tuple[FinishReason, ...]
     spans: tuple[tuple[VersionSpan, ...], ...]
     reward_parts: Mapping[str, FloatArray] = field(default_factory=dict)
+    turns: tuple[tuple[int, ...], ...] = ()
     schema: int = SCHEMA_VERSION
 
     def __len__(self) -> int:
@@ -128,3 +133,19 @@ class RolloutGroup:
     def offsets(self) -> IntArray:
         """[G + 1] int32: sample i's tokens are `token_ids[offsets[i]:offsets[i + 1]]`."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int32)
+
+    @property
+    def by_model(self) -> NDArray[np.bool_]:
+        """[sum(lengths)] bool: whether the model sampled a token; the others are an environment's."""
+        if not self.turns:
+            return np.ones(len(self.token_ids), dtype=np.bool_)
+        runs = [run for sample in self.turns for run in sample]
+        model = [place % 2 == 0 for sample in self.turns for place in range(len(sample))]
+        return np.repeat(model, runs)
+
+    @property
+    def model_lengths(self) -> IntArray:
+        """[G] int32: how many tokens of each sample the model sampled."""
+        if not self.turns:
+            return self.lengths
+        return np.array([sum(sample[::2]) for sample in self.turns], dtype=np.int32)

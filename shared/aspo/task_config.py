@@ -124,8 +124,31 @@ class SamplingConfig(Section):
     """How actors sample; top-p, top-k and penalties are off: they would falsify the behaviour log-probs."""
 
     group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
-    max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens.")
+    max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens of the model.")
     temperature: float = Field(1.0, ge=0.01, le=2.0, description="Applied by actor and learner alike.")
+
+
+class EnvironmentConfig(Section):
+    """What answers the model between its turns; without a function a completion is one turn."""
+
+    function: FunctionPath | None = Field(
+        None, description="Import path `module:factory` of the environment; see docs/environments.md."
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="Arguments of the factory.")
+    max_turns: int = Field(8, ge=1, le=128, description="Turns of the model in one conversation.")
+    max_tokens: int = Field(
+        1024, ge=1, description="Tokens it may say in one conversation; the model's are sampling.max_tokens."
+    )
+    role: Literal["user", "tool"] = Field(
+        "user", description="In whose name it speaks, where there is a chat template."
+    )
+    timeout_s: float = Field(10.0, gt=0, description="A slower answer ends the conversation as failed.")
+    concurrency: int = Field(4, ge=1, le=256, description="Worker processes that run the environment.")
+
+    @property
+    def room(self) -> int:
+        """Most tokens it may add to a completion."""
+        return self.max_tokens if self.function else 0
 
 
 class GroupsConfig(Section):

@@ -67,12 +67,14 @@ LEARNER_METRICS = {
     "refilled_groups": "Groups replaced as uninformative since the batch before",
     "reward_failed_fraction": "Share of samples whose reward function failed",
     "truncated_fraction": "Share of completions cut at max_tokens",
-    "response_length": "Mean completion length, tokens",
+    "response_length": "Mean completion length, tokens of the model",
     "response_length_arrived": "The same over batch and groups dropped for staleness since the one before",
     "response_length_bias": "Mean length by token weight over response_length_arrived, less 1",
     "repetition_correct": "Share of repeated 4-grams in completions rewarded above the group's mean",
     "repetition_wrong": "Share of repeated 4-grams in completions rewarded at or below the group's mean",
-    "tokens": "Completion tokens in the batch",
+    "tokens": "Completion tokens in the batch that the model sampled",
+    "turns": "Mean turns of the model in a conversation with an environment",
+    "environment_tokens": "Tokens in the batch that an environment said; they are not trained on",
     "wait_seconds": "Time the learner waited for this batch",
     "train_seconds": "Time of the forward, backward and optimizer work",
     "publish_seconds": "Time to copy the new version out; storing goes on beside the next step",
@@ -105,6 +107,7 @@ ACTOR_METRICS = {
     "weight_apply_seconds": "Time to stage, write and check the last version in the engine",
     "weight_pause_seconds": "Time generation stood still for the last update",
     "reward_failures": "Samples whose reward function raised, hung or gave no number",
+    "environment_failures": "Conversations that ended because the environment raised, hung or made no sense",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 import pytest
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +19,7 @@ from aspo.codec import (
     MAX_SPANS,
     MAX_TASK_BYTES,
     MAX_TOKENS,
+    MAX_TURNS,
     CodecError,
     CodecFault,
     Poison,
@@ -33,6 +35,7 @@ from rollouts import seal
 FUZZ = settings(max_examples=100, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 DELETE = object()
 OLD, NEW = "demo/1/41", "demo/1/42"
+BEFORE_TURNS = "6fac9c4e98a835a94c88b88b4b8006c8"  # digest of `make_group()` as it was written before
 
 
 def make_group(**changes: Any) -> RolloutGroup:
@@ -106,6 +109,9 @@ def assert_well_formed(group: RolloutGroup) -> None:
     assert all(span.length > 0 for spans in group.spans for span in spans)
     assert all(str(PolicyVersion.parse(span.version)) for spans in group.spans for span in spans)
     assert 0 <= group.temperature <= 100
+    assert group.turns == () or [sum(turns) for turns in group.turns] == lengths
+    assert group.by_model.shape == (sum(lengths),)
+    assert group.by_model.sum() == group.model_lengths.sum()
     assert comparable(decode_group(encode_group(group))) == comparable(group)
 
 
@@ -186,7 +192,18 @@ def groups(draw: st.DrawFn) -> RolloutGroup:
         finish_reasons=tuple(draw(st.sampled_from(["stop", "length"])) for _ in spans),
         spans=spans,
         reward_parts={name: array(len(spans), np.float32) for name in draw(st.sets(names, max_size=2))},
+        turns=tuple(draw(turns_of(length)) for length in lengths)
+        if min(lengths) and draw(st.booleans())
+        else (),
     )
+
+
+@st.composite
+def turns_of(draw: st.DrawFn, length: int) -> tuple[int, ...]:
+    """A sample's tokens in an odd number of runs."""
+    cuts = draw(st.sets(st.integers(1, length - 1), max_size=6)) if length > 1 else set()
+    edges = sorted(cuts)[: len(cuts) // 2 * 2]
+    return tuple(np.diff([0, *edges, length]).tolist())
 
 
 json_like = st.recursive(
@@ -250,6 +267,7 @@ wire_groups = st.fixed_dictionaries(
         "failed": flags,
         "finish_reasons": st.lists(st.sampled_from(["stop", "length"]), max_size=3),
         "reward_parts": st.dictionaries(st.text(max_size=3), buffers, max_size=2),
+        "turns": st.lists(st.lists(st.integers(-1, 4), max_size=3), max_size=3),
     },
 )
 odd_groups = st.dictionaries(
@@ -260,9 +278,10 @@ odd_groups = st.dictionaries(
 # Round trips
 
 
-def test_a_group_without_parts_is_what_older_readers_take() -> None:
+def test_a_group_without_parts_or_turns_is_what_older_readers_take() -> None:
+    assert blake3(GROUP_FRAME).hexdigest(16) == BEFORE_TURNS
     wire = msgspec.msgpack.decode(GROUP_FRAME[HEADER_BYTES:])
-    assert "reward_parts" not in wire
+    assert not {"reward_parts", "turns"} & wire.keys()
     parts = {"right": np.array([1, 0], np.float32), "format": np.array([0.5, -0.5], np.float32)}
     back = decode_group(encode_group(make_group(reward_parts=parts)))
     assert {name: values.tolist() for name, values in back.reward_parts.items()} == {
@@ -411,6 +430,16 @@ def test_the_size_limit_is_inclusive_and_comes_first() -> None:
         ("length", {"reward_parts": {"format": bytes(4)}}),
         ("length", {"reward_parts": {"format": bytes(8), "right": bytes(12)}}),
         ("length", {"reward_parts": {"format": bytes(7)}}),
+        ("schema", {"turns": [3, 1]}),
+        ("schema", {"turns": [[3], [0.5]]}),
+        ("schema", {"turns": [[3], [1] * (2 * MAX_TURNS)]}),
+        ("length", {"turns": [[3]]}),
+        ("length", {"turns": [[3], [1], [1]]}),
+        ("length", {"turns": [[1, 1, 2], [1]]}),
+        ("range", {"turns": [[3], []]}),
+        ("range", {"turns": [[1, 2], [1]]}),
+        ("range", {"turns": [[3, 0, 0], [1]]}),
+        ("range", {"turns": [[3, 2**63, -(2**63)], [1]]}),
         ("length", {"prompt_ids": b"\x00" * 5}),
         ("length", {"lengths": int32(3, 1)[:-1]}),
         ("length", {"token_ids": int32(1, 2, 3)}),
@@ -697,6 +726,7 @@ POISONS: list[tuple[str, dict[str, Any]]] = [
     ("empty-prompt", {"prompt_ids": np.array([], np.int32)}),
     ("empty-completion", {"lengths": np.array([4, 0], np.int32), "spans": ((VersionSpan(NEW, 4),), ())}),
     ("too-long", {"lengths": np.array([4], np.int32)}),
+    ("too-long", {"turns": ((1, 1, 1), (1,))}),
     ("too-long", {"prompt_ids": np.array([5, 6, 7, 8], np.int32)}),
     ("token-out-of-range", {"token_ids": np.array([1, 2, 3, 10], np.int32)}),
     ("token-out-of-range", {"token_ids": np.array([1, 2, 3, -1], np.int32)}),
@@ -742,6 +772,7 @@ def test_every_reason_is_tested() -> None:
         ({"behavior_logprobs": logprobs(9e-5)}, {}),
         ({"behavior_logprobs": logprobs(-80.0)}, {}),
         ({"prompt_ids": np.arange(9, dtype=np.int32)}, {"max_prompt_tokens": None}),
+        ({"turns": ((1, 1, 1), (1,))}, {"max_tokens": 2, "max_environment_tokens": 1}),
         ({"spans": versioned("demo/0/99")}, {}),
         ({"spans": versioned("other/9/9")}, {"current": None}),
         ({"temperature": 0.0, "purpose": "eval"}, {}),
