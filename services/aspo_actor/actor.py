@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import zlib
+from collections.abc import Iterator
 
 import redis
 
@@ -29,6 +30,9 @@ from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.manifest import Manifest, Plan, WeightsError
 from aspo_actor.app import build_app
 from aspo_actor.engine import RolloutEngine
+from aspo_actor.environments.conversation import Conversations
+from aspo_actor.environments.host import EnvironmentHost
+from aspo_actor.environments.replies import Replies
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.trial import Trials
 from aspo_actor.weight_sync import WeightSync
@@ -57,6 +61,7 @@ class Actor:
         self._mirror: Mirror
         self._hello: Hello
         self._scorer: Scorer | None = None
+        self._host: EnvironmentHost | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leave = asyncio.Event()
 
@@ -106,6 +111,7 @@ class Actor:
             status.weight_apply_seconds = sync.apply_seconds
             status.weight_pause_seconds = sync.pause_seconds
             status.reward_failures = self._scorer.failures
+            status.environment_failures = self._host.failures if self._host else 0
         return status
 
     def not_ready(self) -> str | None:
@@ -127,7 +133,7 @@ class Actor:
 
     async def _serve(self, client: WeightClient) -> None:
         leaving = asyncio.create_task(self._leave.wait())
-        with Scorer(self._config.reward, self._config.data.reward_columns) as scorer:
+        with Scorer(self._config.reward, self._config.data.reward_columns) as scorer, self._hosting():
             self._scorer = scorer
             starting = asyncio.create_task(self._start_engine(client))
             await asyncio.wait({leaving, starting}, return_when=asyncio.FIRST_COMPLETED)
@@ -148,7 +154,14 @@ class Actor:
         trials = Trials(client, engine, self._config.canary, self.id)
         self._sync = WeightSync(client, engine, self._mirror, self._folder, trials)
         self._worker = Worker(
-            self._config, self.id, self._redis, engine, scorer, self._sync, self._hello.stamp
+            self._config,
+            self.id,
+            self._redis,
+            engine,
+            scorer,
+            self._sync,
+            self._hello.stamp,
+            await self._conversations(engine),
         )
         if self._config.canary.enabled:
             self._worker.on_group = trials.saw
@@ -169,6 +182,23 @@ class Actor:
             task.cancel()
         for job in failed:
             job.result()
+
+    @contextlib.contextmanager
+    def _hosting(self) -> Iterator[None]:
+        """Hold the environment's processes ready, if there is one."""
+        if self._config.environment.function is None:
+            yield
+            return
+        with EnvironmentHost(self._config.environment) as self._host:
+            yield
+
+    async def _conversations(self, engine: RolloutEngine) -> Conversations | None:
+        if self._host is None:
+            return None
+        await self._host.check()
+        config = self._config.environment
+        replies = Replies(engine.tokenizer, self._config.data, config.role)
+        return Conversations(engine, self._host, replies, config)
 
     async def _start_engine(self, client: WeightClient) -> RolloutEngine:
         plan = await self._first_plan(client)

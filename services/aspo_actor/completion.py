@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from aspo.schemas import FloatArray, IntArray, VersionSpan
 
@@ -14,6 +16,10 @@ class Completion:
 
     Shapes: token_ids, logprobs [T], the end-of-sequence token included when it was drawn; log-probs in nats.
     `spans` cover the T tokens; `text` leaves special tokens out.
+
+    In a conversation with an environment `runs` are the lengths of what the model and the environment said in
+    turn, `turns` the texts and `text` the last of them; `state` is what the environment remembers, and
+    `failed` whether it could not go on.
     """
 
     token_ids: IntArray
@@ -21,3 +27,15 @@ class Completion:
     spans: tuple[VersionSpan, ...]
     finish_reason: Literal["stop", "length"]
     text: str
+    runs: tuple[int, ...] = ()
+    turns: tuple[str, ...] = ()
+    state: Any = None
+    failed: bool = False
+
+    @property
+    def model_tokens(self) -> IntArray:
+        """The tokens that the model sampled."""
+        if not self.runs:
+            return self.token_ids
+        parts = np.split(self.token_ids, np.cumsum(self.runs)[:-1])
+        return np.concatenate(parts[::2])

@@ -143,6 +143,11 @@ class RolloutEngine:
         return self._client
 
     @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, as transformers has it."""
+        return self._tokenizer
+
+    @property
     def version(self) -> str:
         """Label of the weights that sample now."""
         return self._version

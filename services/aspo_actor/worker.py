@@ -18,6 +18,7 @@ from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
 from aspo_actor.completion import Completion
 from aspo_actor.engine import EngineError, RolloutEngine
+from aspo_actor.environments.conversation import Conversations
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync
@@ -40,8 +41,10 @@ class Worker:
         scorer: Scorer,
         sync: WeightSync,
         stamp: str = "",
+        conversations: Conversations | None = None,
     ) -> None:
         self._actor, self._engine, self._scorer, self._sync = actor, engine, scorer, sync
+        self._conversations = conversations
         self._tasks = TaskQueue(client, config.run.name, lease_s=config.redis.task_lease_s)
         self._writer = RolloutWriter(client, config.run.name, actor, stamp=stamp)
         self._lease_s = config.redis.task_lease_s
@@ -129,13 +132,7 @@ class Worker:
         if task.min_version is not None:
             await self._sync.wait_for(task.min_version)
         try:
-            completions = await self._engine.sample(
-                task.prompt_ids,
-                n=task.group_size,
-                max_tokens=task.max_tokens,
-                temperature=task.temperature,
-                seed=task.seed,
-            )
+            completions = await self._sample(task)
         except EngineError:
             if not self._engine.recoverable:
                 raise
@@ -149,13 +146,27 @@ class Worker:
         if self.on_group is not None:
             await self.on_group(group)
 
+    async def _sample(self, task: Task) -> list[Completion]:
+        if self._conversations is not None:
+            return await self._conversations.hold(task)
+        return await self._engine.sample(
+            task.prompt_ids,
+            n=task.group_size,
+            max_tokens=task.max_tokens,
+            temperature=task.temperature,
+            seed=task.seed,
+        )
+
     def _answers(self, task: Task, completions: Sequence[Completion]) -> Answers:
         return Answers(
             prompt=self._engine.text_of(task.prompt_ids),
             completions=[c.text for c in completions],
-            token_ids=[c.token_ids.tolist() for c in completions],
+            token_ids=[c.model_tokens.tolist() for c in completions],
             max_tokens=task.max_tokens,
             columns=task.reward_inputs,
+            turns=[c.turns or (c.text,) for c in completions],
+            states=[c.state for c in completions],
+            lost=[c.failed for c in completions],
         )
 
     async def _store(self, claim: Claim, payload: bytes) -> None:
@@ -185,7 +196,7 @@ class Worker:
             log.warning("Redis: %s; %d tasks go on when their leases run out", error, len(claims))
 
     def _count(self, completions: Sequence[Completion]) -> None:
-        tokens = sum(len(c.token_ids) for c in completions)
+        tokens = sum(len(c.model_tokens) for c in completions)
         self.tokens += tokens
         self._sampled.append((time.monotonic(), tokens))
 
@@ -210,4 +221,5 @@ def assemble(task: Task, actor: str, completions: Sequence[Completion], scores: 
         reward_parts=dict(scores.parts),
         finish_reasons=tuple(c.finish_reason for c in completions),
         spans=tuple(c.spans for c in completions),
+        turns=tuple(c.runs for c in completions) if any(c.runs for c in completions) else (),
     )

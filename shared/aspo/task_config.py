@@ -143,6 +143,7 @@ class EnvironmentConfig(Section):
         "user", description="In whose name it speaks, where there is a chat template."
     )
     timeout_s: float = Field(10.0, gt=0, description="A slower answer ends the conversation as failed.")
+    loading_s: float = Field(120.0, gt=0, description="Time for a worker process to load it.")
     concurrency: int = Field(4, ge=1, le=256, description="Worker processes that run the environment.")
 
     @property

@@ -2,7 +2,8 @@
 
 `completion` is the decoded text without special tokens; the columns are the data set's
 `data.reward_columns`, and further arguments the `options` of the config. A function that names one of these
-is given it as well: `prompt` (text), `completion_tokens` (how many), `max_tokens`, `sandbox` (see `sandbox`).
+is given it as well: `prompt` (text), `completion_tokens` (how many), `max_tokens`, `sandbox` (see `sandbox`);
+`turns` (texts, the model's first and last) and `environment_state`, where there is an environment.
 What cannot be scored raises: the sample counts as failed.
 """
 
@@ -75,6 +76,13 @@ def overlong_penalty(
     if not 0 < buffer <= max_tokens:
         raise ValueError(f"buffer is {buffer}: make it at least 1 and at most max_tokens ({max_tokens})")
     return min(-(completion_tokens - (max_tokens - buffer)) / buffer, 0.0)
+
+
+def environment_score(
+    completion: str, *, environment_state: Any, key: str = "score", **columns: Any
+) -> float:
+    """What the environment's state says under `key`; 0 if it was never asked. Raises KeyError without one."""
+    return 0.0 if environment_state is None else float(environment_state[key])
 
 
 def code_tests(

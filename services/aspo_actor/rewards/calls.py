@@ -6,8 +6,10 @@ A worker process of the `scorer` runs `score_all`; the actor itself only looks w
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib
 import inspect
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,51 +18,56 @@ from typing import Any
 
 from aspo.codec import MAX_REWARD
 from aspo.config import CodeConfig, ConfigError, RewardPart
+from aspo_actor.imports import import_callable
 from aspo_actor.rewards.sandbox import Sandbox, adopt_orphans, reap_orphans
 
 RewardFunction = Callable[..., Any]
-_GIVEN = {"prompt", "completion_tokens", "max_tokens", "sandbox"}  # to a function that names them
+# To a function that names them.
+_GIVEN = {"prompt", "completion_tokens", "max_tokens", "sandbox", "turns", "environment_state"}
 _GIVEN_TO_TRL = {"completion_ids"}
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """One prompt's completions, as reward functions see them; texts without special tokens."""
+    """One prompt's completions, as reward functions see them; texts without special tokens.
+
+    Where there is an environment, a completion is the model's last turn, `turns` all that was said, the model
+    first and last, `states` what the environment remembers and `lost` whether it failed; `token_ids` are the
+    model's in any case.
+    """
 
     prompt: str
     completions: Sequence[str]
     token_ids: Sequence[Sequence[int]]
     max_tokens: int
     columns: dict[str, Any]
+    turns: Sequence[Sequence[str]] = ()
+    states: Sequence[Any] = ()
+    lost: Sequence[bool] = ()
 
     def only(self, number: int) -> Answers:
         """The same prompt with one of the completions."""
         one = slice(number, number + 1)
-        return Answers(self.prompt, self.completions[one], self.token_ids[one], self.max_tokens, self.columns)
+        names = ("completions", "token_ids", "turns", "states", "lost")
+        return dataclasses.replace(self, **{name: getattr(self, name)[one] for name in names})
+
+    @property
+    def conversations(self) -> Sequence[Sequence[str]]:
+        """All that was said in each, which is the completion where there is no environment."""
+        return self.turns or [(text,) for text in self.completions]
 
 
 def load_reward_function(part: RewardPart, columns: Sequence[str]) -> RewardFunction:
     """Import `module:function`; raises ConfigError if it is not there or cannot take the columns."""
     path = part.function
-    module_name, _, name = path.partition(":")
-    try:
-        function = getattr(importlib.import_module(module_name), name)
-    except ImportError as error:
-        raise ConfigError(f"reward.function {path!r}: {error}; put its folder on PYTHONPATH") from None
-    except AttributeError:
-        raise ConfigError(f"reward.function {path!r}: module {module_name} has no {name!r}") from None
-    except (Exception, SystemExit) as error:  # a user's module may fail in any way as it is imported
-        raise ConfigError(
-            f"reward.function {path!r}: importing it raised {error!r}; mend the module"
-        ) from None
+    function = import_callable("reward.function", path)
     unfit = (inspect.isclass, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-    if not callable(function) or any(is_kind(function) for is_kind in unfit):
+    if any(is_kind(function) for is_kind in unfit):
         raise ConfigError(f"reward.function {path!r} is not a plain function")
     if hidden := sorted(set(columns) & set(part.options)):
         raise ConfigError(f"reward.options of {path!r}: {hidden[0]!r} is a column too; rename one")
     _require_signature(function, part, columns)
-    found: RewardFunction = function
-    return found
+    return function
 
 
 def wants_sandbox(part: RewardPart) -> bool:
@@ -107,12 +114,16 @@ def _calls(
     """Each completion with the arguments that go with it."""
     arguments = answers.columns | part.options
     wanted = (_named(function) & _GIVEN) - arguments.keys()
-    for completion, token_ids in zip(answers.completions, answers.token_ids, strict=True):
+    states = answers.states or [None] * len(answers.completions)
+    samples = zip(answers.completions, answers.token_ids, answers.conversations, states, strict=True)
+    for completion, token_ids, turns, state in samples:
         given = {
             "prompt": answers.prompt,
             "completion_tokens": len(token_ids),
             "max_tokens": answers.max_tokens,
             "sandbox": sandbox,
+            "turns": turns,
+            "environment_state": state,
         }
         yield completion, arguments | {name: given[name] for name in wanted}
 
@@ -121,7 +132,7 @@ def _score_one(function: RewardFunction, completion: str, arguments: dict[str, A
     try:
         return _checked(function(completion, **arguments))
     except Exception as error:  # a user's function may raise anything; the sample fails, the run goes on
-        return _describe(error)
+        return describe(error)
 
 
 async def _await_all(
@@ -131,7 +142,7 @@ async def _await_all(
         try:
             return _checked(await function(completion, **arguments))
         except Exception as error:
-            return _describe(error)
+            return describe(error)
 
     return list(await asyncio.gather(*(score(*call) for call in calls)))
 
@@ -143,7 +154,7 @@ def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -
     completions: list[Any] = list(answers.completions)
     if part.style == "trl-chat":
         prompt = [{"role": "user", "content": prompt}]
-        completions = [[{"role": "assistant", "content": text}] for text in completions]
+        completions = [_messages(turns) for turns in answers.conversations]
     columns: dict[str, Any] = {name: [value] * size for name, value in answers.columns.items()}
     arguments = columns | part.options | {"prompts": [prompt] * size, "completions": completions}
     if "completion_ids" in _named(function):
@@ -152,11 +163,16 @@ def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -
         result = function(**arguments)
         values = list(asyncio.run(result) if inspect.iscoroutine(result) else result)
     except Exception as error:
-        return _describe(error)
+        return describe(error)
     if len(values) != size:
         return [f"it gave {len(values)} rewards for {size} completions"] * size
     # In TRL, None says that the function does not apply to the sample.
     return [0.0 if value is None else _checked(value) for value in values]
+
+
+def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
+    roles = itertools.cycle(("assistant", "user"))
+    return [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
 
 
 def _checked(value: Any) -> float | str:
@@ -167,7 +183,8 @@ def _checked(value: Any) -> float | str:
     return number if abs(number) <= MAX_REWARD else f"it gave {number}, not a number within {MAX_REWARD:g}"
 
 
-def _describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
+    """What a user's function raised, and where, in one line."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(frame.filename).name}:{frame.lineno}"
     # Escaped, for it may quote what a model wrote.

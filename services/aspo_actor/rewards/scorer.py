@@ -70,6 +70,7 @@ class Scorer:
         total = np.array([part.weight for part in terms]) @ by_part
         failed = ~(np.abs(total) <= MAX_REWARD)  # NaN, for a part that failed, is not either
         self.failures += int(failed.sum())
+        failed |= np.array(answers.lost or [False] * len(total))
         rewards = np.where(failed, self._config.failed_score, total).astype(np.float32)
         parts = np.nan_to_num(by_part).astype(np.float32)
         named = {part.label: values for part, values in zip(self._config.parts, parts, strict=False)}
