@@ -57,7 +57,7 @@ def make_model(
     tokenizer.save_pretrained(folder)
 
 
-def make_tokenizer() -> Any:
+def make_tokenizer(characters: str = CHARACTERS) -> Any:
     """A tokenizer with one token per character."""
     from tokenizers import Regex, Tokenizer
     from tokenizers.decoders import Fuse
@@ -65,7 +65,7 @@ def make_tokenizer() -> Any:
     from tokenizers.pre_tokenizers import Split
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=PAD))
     tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
     tokenizer.decoder = Fuse()

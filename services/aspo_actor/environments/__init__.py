@@ -43,7 +43,7 @@ class Environment(Protocol):
     """One kind of conversation; instances hold nothing that belongs to a single one."""
 
     def reset(self, prompt: str, **columns: Any) -> Any:
-        """The state before the model's first turn."""
+        """The state before the model's first turn; a column of the name stands in for the prompt's text."""
         ...
 
     def step(self, state: Any, completion: str) -> Step:

@@ -110,7 +110,7 @@ def answer(
     try:
         environment = _environment(function, msgspec.json.encode(options))
         if state is None:
-            known = _now(environment.reset(opening.prompt, **opening.columns))
+            known = _now(environment.reset(**({"prompt": opening.prompt} | opening.columns)))
         else:
             known = msgspec.msgpack.decode(state)
         return _checked(_now(environment.step(known, completion)))
