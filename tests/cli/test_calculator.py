@@ -13,7 +13,7 @@ from project import metrics_of
 from services import Service, redis_server
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "calculator"
-pytestmark = [pytest.mark.vllm, pytest.mark.faults]
+pytestmark = [pytest.mark.vllm, pytest.mark.faults, pytest.mark.timeout(600)]
 
 
 def test_the_model_learns_to_ask_the_calculator(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_the_model_learns_to_ask_the_calculator(tmp_path: Path) -> None:
             *("--set", "actor.port=0"),
         )
         try:
-            assert up.wait(280) == 0, up.text
+            assert up.wait(500) == 0, up.text
         finally:
             up.kill()
     summary = json.loads((tmp_path / "runs/calculator/summary.json").read_text())
@@ -36,9 +36,10 @@ def test_the_model_learns_to_ask_the_calculator(tmp_path: Path) -> None:
     assert summary["accuracy_before"] < 0.2
     assert summary["accuracy_after"] > 0.9
     assert steps[0]["turns"] < 1.5, "it answered by itself"
-    assert steps[-1]["turns"] > 1.9, "it asks first"
+    assert steps[-1]["turns"] > 1.8, "it asks first"
     for m in steps:
-        assert m["environment_tokens"] / 4 <= m["tokens"] / m["response_length"], "four digits a reply"
+        replies = (m["turns"] - 1) * m["tokens"] / m["response_length"]
+        assert m["environment_tokens"] >= replies - 0.5
         assert m["ended_quarantined"] == 0
         assert m["reward_failed_fraction"] == 0
     fresh = [m for m in steps if m["staleness_max"] == 0]
