@@ -77,6 +77,17 @@ def test_a_missing_section_is_named(tmp_path: Path) -> None:
         load_config(path)
 
 
+def test_an_environment_takes_room_and_is_agreed_on_only_where_there_is_one(config_file: Path) -> None:
+    plain = load_config(config_file, ["environment.max_tokens=64"])
+    spoken = load_config(config_file, ["environment.function=m:Env", "environment.max_tokens=64"])
+    assert (plain.longest_completion, spoken.longest_completion) == (256, 320)
+    assert "environment.function" not in own_hello(load_config(config_file), {}).settings
+    assert own_hello(spoken, {}).settings["environment.function"] == "m:Env"
+    assert own_hello(spoken, {}).stamp != own_hello(load_config(config_file), {}).stamp
+    with pytest.raises(ConfigError, match="those of the environment included; lower one"):
+        load_config(config_file, ["environment.function=m:Env", "environment.max_tokens=1000000"])
+
+
 def test_settings_are_frozen_and_tokens_do_not_show(config_file: Path) -> None:
     config = load_config(config_file, ["auth.operator_token=hunter2"])
     assert "hunter2" not in repr(config)
