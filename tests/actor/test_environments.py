@@ -185,6 +185,34 @@ async def test_an_engine_that_fails_ends_the_whole_group(calculator: Environment
     assert engine.cancelled == 2
 
 
+async def test_a_drain_hands_back_what_is_in_the_middle_of_a_conversation(
+    calculator: EnvironmentHost, client: redis.Redis, run: str, redis_url: str, tmp_path: Path
+) -> None:
+    class Stuck(ScriptedEngine):
+        """Does not come to the end of the second turn."""
+
+        second = asyncio.Event()
+
+        async def sample(self, prompt_ids: Sequence[int], **options: Any) -> list[Completion]:
+            if self.prompts:
+                self.second.set()
+                await asyncio.Event().wait()
+            return await super().sample(prompt_ids, **options)
+
+    queue, engine = TaskQueue(client, run), Stuck("<6*7>")
+    queue.put([make_task(uid=f"{run}:train:0")])
+    config = write_config(tmp_path, model="m", run=run, redis_url=redis_url)
+    talk = conversations(engine, calculator)
+    worker = Worker(config, "actor", client, engine, None, None, conversations=talk)  # type: ignore[arg-type]
+    working = asyncio.create_task(worker.run())
+    async with asyncio.timeout(60):
+        await engine.second.wait()
+    await worker.drain(0.05)
+    await working
+    assert RolloutReader(client, run).read(count=1) == []
+    assert [claim.task.index for claim in queue.claim("other", count=2)] == [0]
+
+
 async def test_a_group_with_a_failed_conversation_is_stored(
     difficult: EnvironmentHost, client: redis.Redis, run: str, redis_url: str, tmp_path: Path
 ) -> None:

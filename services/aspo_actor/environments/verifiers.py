@@ -117,7 +117,7 @@ def write_prompts(
             file.write(json.dumps(row) + "\n")
     if getattr(environment, "oai_tools", None):
         tools = json.dumps({"tools": environment.oai_tools})
-        print(f"it has tools: --set 'data.chat_template_options={tools}'", file=sys.stderr)
+        print(f"it has tools: ASPO_DATA__CHAT_TEMPLATE_OPTIONS='{tools}'", file=sys.stderr)
 
 
 def message_of(text: str) -> dict[str, Any]:
