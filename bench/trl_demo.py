@@ -56,6 +56,7 @@ def ours(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, An
         f"eval.every={EVALUATE_EVERY}",
         f"eval.stop_accuracy={arguments.target}",
         "eval.min_steps=0",
+        "eval.max_share=1",
         f"learner.steps={MAX_BATCHES}",
         *arguments.set,
     ]

@@ -84,6 +84,7 @@ EVALUATION = """
 path = {held_out}
 every = 10
 max_prompts = 256
+max_share = 0.2  # more than a run that does not wait for its accuracy would pay
 stop_accuracy = {target}
 min_steps = 50
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aspo.config import Config, ConfigError, DataConfig, PromptSet
+from aspo.config import Config, ConfigError, DataConfig, EvalSet, Source
 
 log = logging.getLogger(__name__)
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -32,6 +32,14 @@ class Prompt:
     row: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """A set to evaluate on."""
+
+    chosen: EvalSet
+    prompts: list[Prompt]
+
+
 @dataclass(slots=True)
 class Counts:
     """Rows of a set read in this pass, and those of them left out for their length."""
@@ -47,7 +55,7 @@ class PromptReader:
     `room` (unless data.overlong_prompts is "skip").
     """
 
-    def __init__(self, config: DataConfig, chosen: PromptSet, tokenizer: Any, *, room: int) -> None:
+    def __init__(self, config: DataConfig, chosen: Source, tokenizer: Any, *, room: int) -> None:
         self._config, self._set, self._tokenizer, self._room = config, chosen, tokenizer, room
         self.name = chosen.label
         self.counts = Counts()
@@ -147,16 +155,16 @@ def load_prompts(reader: PromptReader) -> list[Prompt]:
     return prompts
 
 
-def load_held_out(config: Config, tokenizer: Any, *, room: int) -> list[Prompt]:
-    """Read the prompts of `eval`; none without a path."""
-    if config.eval.path is None:
-        return []
-    chosen = PromptSet.model_validate(config.eval.model_dump(include={"path", "subset", "split", "columns"}))
+def load_held_out(config: Config, tokenizer: Any, *, room: int) -> list[HeldOut]:
+    """Read the prompts of every set of `eval`; none without any."""
     data = config.data.model_copy(update={"streaming": False})
-    return load_prompts(PromptReader(data, chosen, tokenizer, room=room))
+    return [
+        HeldOut(chosen, load_prompts(PromptReader(data, chosen, tokenizer, room=room)))
+        for chosen in config.eval.chosen
+    ]
 
 
-def _load_rows(chosen: PromptSet, *, streaming: bool) -> Any:
+def _load_rows(chosen: Source, *, streaming: bool) -> Any:
     import datasets
 
     path, split = chosen.path, chosen.split
@@ -176,7 +184,7 @@ def _load_rows(chosen: PromptSet, *, streaming: bool) -> Any:
         raise _unreadable(chosen, error) from None
 
 
-def _rows_of(rows: Any, chosen: PromptSet) -> Iterator[dict[str, Any]]:
+def _rows_of(rows: Any, chosen: Source) -> Iterator[dict[str, Any]]:
     """Iterate; a set that is streamed may turn out unreadable as late as here."""
     import datasets
 
@@ -186,7 +194,7 @@ def _rows_of(rows: Any, chosen: PromptSet) -> Iterator[dict[str, Any]]:
         raise _unreadable(chosen, error) from None
 
 
-def _unreadable(chosen: PromptSet, error: Exception) -> ConfigError:
+def _unreadable(chosen: Source, error: Exception) -> ConfigError:
     reason = (str(error).splitlines() or ["it holds no rows"])[0]
     if Path(chosen.path).suffix == ".jsonl":
         reason = _first_bad_line(chosen.path) or reason

@@ -29,7 +29,7 @@ from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.checkpoint import CheckpointError, Checkpoints
-from aspo_learner.data import Prompt, load_held_out, room_for_prompts
+from aspo_learner.data import HeldOut, load_held_out, room_for_prompts
 from aspo_learner.dispatcher import Dispatcher
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.groups import describe_groups, mask_truncated
@@ -202,7 +202,7 @@ class Learner:
         log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
         return Ledger.load(state["ledger"]), state["cursor"]
 
-    def _connect_queues(self, held_out: Sequence[Prompt], cursor: int) -> None:
+    def _connect_queues(self, held_out: Sequence[HeldOut], cursor: int) -> None:
         config, epoch = self.config, self._fence.epoch
         self._tasks = TaskQueue(
             self._redis, config.run.name, lease_s=config.redis.task_lease_s, fence=self._fence
@@ -235,9 +235,8 @@ class Learner:
             self._dispatcher,
             limits,
             staleness,
-            on_eval=lambda group: self._on_evaluated(group.uid, float(group.rewards.mean())),
-            # An answer that cannot be used is a wrong one: asked again it would come again.
-            on_lost_eval=lambda uid: self._on_evaluated(uid, config.reward.failed_score),
+            on_eval=lambda group: self._on_evaluated(group.uid, group),
+            on_lost_eval=self._on_evaluated,
             refill=config.groups.refill,
         )
         self._outages = Outages(
@@ -380,8 +379,7 @@ class Learner:
             self._publish()
         if self.step < self._planner.retraining_until:
             return
-        due = self._evaluator is not None and self.step % self.config.eval.every == 0
-        if due and self._evaluator is not None and not self._evaluator.running:
+        if self._evaluator is not None and self._evaluator.due(self.step, self._history.tokens):
             with self._outages.ridden_out():
                 self._evaluator.start(self._evaluable(), self.config.eval.max_prompts)
 
@@ -476,11 +474,11 @@ class Learner:
             self._listen()
         return None if self._evaluator.running else self._history.accuracy
 
-    def _on_evaluated(self, uid: str, score: float) -> None:
-        accuracy = self._evaluator.take(uid, score) if self._evaluator else None
-        if accuracy is not None:
-            self._history.accuracy = accuracy
-            log.info("held-out greedy accuracy at step %d: %.3f", self.step, accuracy)
+    def _on_evaluated(self, uid: str, group: RolloutGroup | None = None) -> None:
+        found = self._evaluator.take(uid, group) if self._evaluator else None
+        if found is not None:
+            self._history.evaluated, self._history.accuracy = found, found["accuracy"]
+            log.info("held-out accuracy at step %d: %.3f", self.step, found["accuracy"])
 
     def _record(self, metrics: dict[str, float], rollouts: int) -> None:
         metrics |= describe_ended(self._intake.ended) | {
@@ -489,8 +487,7 @@ class Learner:
             "queue_rollouts": float(self._reader.depth()),
             "tracker_failures": float(self._history.trackers.failures),
         }
-        if self._history.accuracy is not None:
-            metrics["accuracy"] = self._history.accuracy
+        metrics |= self._history.evaluated
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         self._fence.require()
         self._history.add(metrics, rollouts=rollouts)

@@ -46,6 +46,7 @@ class RunHistory:
         self.accuracy_before: float | None = None
         self.accuracy: float | None = None
         self.accuracy_after: float | None = None
+        self.evaluated: dict[str, float] = {}  # the figures of the last evaluation
         self.weight_version = ""
         self.tokens = 0
         self.rollouts = 0
@@ -80,6 +81,7 @@ class RunHistory:
             "steps": len(self._steps),
             "accuracy_before": self.accuracy_before,
             "accuracy": self.accuracy,
+            "evaluated": self.evaluated,
             "tokens": self.tokens,
             "rollouts": self.rollouts,
             "seconds": self.seconds,
@@ -92,6 +94,7 @@ class RunHistory:
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from `state`: metrics.jsonl is cut back to the steps that the checkpoint holds."""
         self.accuracy_before, self.accuracy = state["accuracy_before"], state["accuracy"]
+        self.evaluated = state.get("evaluated", {})
         self.tokens, self.rollouts, self._earlier_seconds = (
             state["tokens"],
             state["rollouts"],
@@ -117,6 +120,7 @@ class RunHistory:
         summary: dict[str, Any] = {
             "accuracy_before": self.accuracy_before,
             "accuracy_after": self.accuracy_after,
+            "evaluated": self.evaluated,
             "steps": len(self._steps),
             "rollouts": self.rollouts,
             "tokens": self.tokens,

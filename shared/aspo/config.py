@@ -33,12 +33,14 @@ from aspo.task_config import DataConfig as DataConfig
 from aspo.task_config import EnvironmentConfig as EnvironmentConfig
 from aspo.task_config import Estimator as Estimator
 from aspo.task_config import EvalConfig as EvalConfig
+from aspo.task_config import EvalSet as EvalSet
 from aspo.task_config import Fraction, Name, Section
 from aspo.task_config import GroupsConfig as GroupsConfig
 from aspo.task_config import PromptSet as PromptSet
 from aspo.task_config import RewardConfig as RewardConfig
 from aspo.task_config import RewardPart as RewardPart
 from aspo.task_config import SamplingConfig as SamplingConfig
+from aspo.task_config import Source as Source
 from aspo.watch_config import TrackersConfig as TrackersConfig
 
 ENV_PREFIX = "ASPO_"
@@ -289,6 +291,9 @@ class ActorConfig(HttpConfig):
     max_samples: int | None = Field(
         None, ge=1, description="Completions in flight; unset: max_num_seqs and one group more."
     )
+    guest_samples: int = Field(
+        8, ge=0, description="Completions in flight for /v1/completions and its like; further ones wait."
+    )
     grace_s: float = Field(
         20.0,
         ge=0,
@@ -373,7 +378,8 @@ class Config(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
-        self.data.require_known(self.eval.columns)
+        for columns in (self.eval.columns, *(one.columns for one in self.eval.chosen)):
+            self.data.require_known(columns)
         if self.auth.reader_token and not (self.auth.actor_token or self.auth.operator_token):
             raise ValueError(
                 "auth.reader_token is set alone, so no actor could fetch weights; set auth.actor_token"
@@ -384,10 +390,11 @@ class Config(BaseSettings):
                 f"weights.publish_every ({self.weights.publish_every}) exceeds learner.max_staleness + 1 "
                 f"({bound}): all data would be too stale; lower it or raise max_staleness"
             )
-        if self.sampling.group_size * self.longest_completion > MAX_GROUP_TOKENS:
+        largest = max(self.sampling.group_size, *(one.k for one in self.eval.chosen), 1)
+        if largest * self.longest_completion > MAX_GROUP_TOKENS:
             raise ValueError(
-                f"sampling.group_size * max_tokens exceeds {MAX_GROUP_TOKENS} tokens a group"
-                f"{', those of the environment included' if self.environment.room else ''}; lower one"
+                f"sampling.group_size (or the k of an eval set) * max_tokens exceeds {MAX_GROUP_TOKENS} tokens a "
+                f"group{', those of the environment included' if self.environment.room else ''}; lower one"
             )
         return self
 

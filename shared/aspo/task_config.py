@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
@@ -21,8 +22,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class PromptSet(Section):
-    """One data set."""
+class Source(Section):
+    """A data set and its columns."""
 
     path: str = Field(
         ...,
@@ -36,12 +37,29 @@ class PromptSet(Section):
         default_factory=dict,
         description="Its names of data.prompt_column and data.reward_columns, where they differ.",
     )
-    weight: float = Field(1.0, gt=0, le=1e6, description="Share of the prompts, relative to other sets.")
 
     @property
     def label(self) -> str:
         """The name in the metrics."""
         return self.name or self.path.rstrip("/").rpartition("/")[2].partition(".")[0] or "data"
+
+
+class PromptSet(Source):
+    """One data set to train on."""
+
+    weight: float = Field(1.0, gt=0, le=1e6, description="Share of the prompts, relative to other sets.")
+
+
+class EvalSet(Source):
+    """One held-out data set, and how its prompts are answered."""
+
+    k: int = Field(1, ge=1, le=1024, description="Answers to each prompt, for avg@k and pass@k.")
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="Of the answers; 0 is greedy.")
+
+    @model_validator(mode="after")
+    def _varied(self) -> EvalSet:
+        _require_varied(self.k, self.temperature)
+        return self
 
 
 class DataConfig(Section):
@@ -81,9 +99,7 @@ class DataConfig(Section):
             raise ValueError(f"data.{min(single)} is for data.path; set it in each of data.sets")
         if self.curriculum and self.streaming:
             raise ValueError("data.curriculum needs the whole set; unset it or data.streaming")
-        labels = Counter(one.label for one in self.mixture)
-        if twice := [label for label, count in labels.items() if count > 1]:
-            raise ValueError(f"two of data.sets are named {twice[0]!r}; give one a name of its own")
+        _require_distinct("data.sets", self.mixture)
         for one in self.mixture:
             self.require_known(one.columns)
         return self
@@ -108,16 +124,73 @@ class DataConfig(Section):
 
 
 class EvalConfig(Section):
-    """Held-out greedy evaluation by the actors, without stopping training."""
+    """Held-out evaluation by the actors, without stopping training: of one set, or of `sets`."""
 
-    path: str | None = Field(None, description="Prompts as in `data`; none: no evaluation.")
+    path: str | None = Field(None, description="Prompts as in `data`; without path and sets: no evaluation.")
     subset: str | None = Field(None, description="Configuration of a HF data set, such as 'main'.")
     split: str = Field("train", description="Split to read.")
     columns: dict[str, str] = Field(default_factory=dict, description="As in `data`.")
+    k: int = Field(1, ge=1, le=1024, description="Answers to each prompt, for avg@k and pass@k.")
+    temperature: float = Field(0.0, ge=0.0, le=2.0, description="Of the answers; 0 is greedy.")
+    sets: tuple[EvalSet, ...] = Field((), description="Several sets, in place of the one.")
+    right_above: float = Field(0.5, description="Answers with more reward are right, for pass@k.")
+    answer_pattern: str | None = Field(
+        None, min_length=1, description="Finds the answer that votes in majority@k; see docs/evaluation.md."
+    )
     every: int = Field(20, ge=1, description="Learner steps between evaluations.")
-    max_prompts: int = Field(256, ge=1, description="Prompts used during training; before and after use all.")
-    stop_accuracy: Fraction | None = Field(None, description="Stop training once an evaluation reaches this.")
+    max_prompts: int = Field(
+        256, ge=1, description="Prompts of each set used during training; before and after use all."
+    )
+    max_share: float = Field(
+        0.05, gt=0, description="An evaluation is put off while the last one's tokens are a larger share."
+    )
+    stop_accuracy: Fraction | None = Field(
+        None, description="Stop training once an evaluation, averaged over sets, reaches this."
+    )
     min_steps: int = Field(0, ge=0, description="But not before this many steps.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvalConfig:
+        single = {"path", "subset", "split", "columns", "k", "temperature"} & self.model_fields_set
+        if self.sets and single:
+            raise ValueError(f"eval.{min(single)} is for one set; set it in each of eval.sets")
+        _require_varied(self.k, self.temperature)
+        _require_distinct("eval.sets", self.chosen)
+        if self.answer_pattern is not None:
+            try:
+                re.compile(self.answer_pattern)
+            except re.error as error:
+                raise ValueError(f"eval.answer_pattern is no regular expression: {error}") from None
+        return self
+
+    @property
+    def chosen(self) -> tuple[EvalSet, ...]:
+        """The sets, or the one as a set; none without a path."""
+        if self.path is None:
+            return self.sets
+        one = EvalSet(
+            path=self.path,
+            subset=self.subset,
+            split=self.split,
+            columns=self.columns,
+            k=self.k,
+            temperature=self.temperature,
+        )
+        return (one,)
+
+
+def _require_varied(k: int, temperature: float) -> None:
+    if 0 < temperature < 0.01:
+        raise ValueError(f"temperature {temperature} is not 0 (greedy) or at least 0.01")
+    if k > 1 and temperature == 0:
+        raise ValueError(f"k is {k}, and greedy answers are all the same; set temperature too, or k = 1")
+
+
+def _require_distinct(setting: str, sets: Iterable[Source]) -> None:
+    """Raise ValueError for two sets of one name."""
+    labels = Counter(one.label for one in sets)
+    if twice := [label for label, count in labels.items() if count > 1]:
+        raise ValueError(f"two of {setting} are named {twice[0]!r}; give one a name of its own")
 
 
 class SamplingConfig(Section):

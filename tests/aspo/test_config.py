@@ -181,6 +181,15 @@ def test_rewards_that_contradict_themselves_are_named(
         (["data.curriculum=true", "data.streaming=true"], "data.curriculum needs the whole set"),
         (['data.columns={prompt = "q", solution = "s"}'], "columns names 'solution', which is neither"),
         (['eval.columns={solution = "s"}'], "columns names 'solution', which is neither"),
+        (['eval.sets=[{path = "a", columns = {solution = "s"}}]'], "columns names 'solution', which is"),
+        (['eval.sets=[{path = "a/b.jsonl"}, {path = "c/b.csv"}]'], "two of eval.sets are named 'b'"),
+        (["eval.path=a", 'eval.sets=[{path = "b"}]'], "eval.path is for one set"),
+        (["eval.k=4", 'eval.sets=[{path = "b"}]'], "eval.k is for one set"),
+        (["eval.path=a", "eval.k=4"], "greedy answers are all the same; set temperature too, or k = 1"),
+        (['eval.sets=[{path = "b", k = 4}]'], "greedy answers are all the same"),
+        (["eval.temperature=0.001"], "temperature 0.001 is not 0"),
+        (["eval.answer_pattern=("], "eval.answer_pattern is no regular expression"),
+        (['eval.sets=[{path = "b", k = 512, temperature = 1.0}]', "sampling.max_tokens=9000"], "lower one"),
     ],
 )
 def test_prompts_that_cannot_be_meant_are_named(config_file: Path, overrides: list[str], words: str) -> None:

@@ -12,11 +12,11 @@ import pytest
 import redis
 
 from aspo.codec import encode_group
-from aspo.config import ConfigError
+from aspo.config import ConfigError, EvalSet
 from aspo.quarantine import Quarantine
 from aspo.queue import RolloutReader, RolloutWriter, TaskQueue
 from aspo.schemas import PolicyVersion, RolloutGroup
-from aspo_learner.data import Prompt
+from aspo_learner.data import HeldOut, Prompt
 from aspo_learner.dispatcher import Dispatcher, task_index, task_uid
 from aspo_learner.evaluation import Evaluator
 from aspo_learner.identity import claim_run
@@ -29,6 +29,10 @@ from models import save_model
 from rollouts import make_group, write_config
 
 PROMPTS = [Prompt([2, 3, i], {"answer": str(i)}) for i in range(5)]
+SETS = [
+    HeldOut(EvalSet(path="sums.jsonl"), PROMPTS),
+    HeldOut(EvalSet(path="words.jsonl", k=2, temperature=0.5), PROMPTS[:2]),
+]
 
 
 class StubAsker:
@@ -453,24 +457,67 @@ def test_an_evaluation_ends_with_its_last_answer(
     client: redis.Redis, run: str, tmp_path: Path, model: Any
 ) -> None:
     config = write_config(tmp_path, model="m", run=run)
-    evaluator = Evaluator(TaskQueue(client, run), PROMPTS, config, epoch=1)
+    evaluator = Evaluator(TaskQueue(client, run), SETS, config, epoch=1)
     evaluator.start(f"{run}/1/3", count=2)
     tasks = [claim.task for claim in TaskQueue(client, run).claim("a", count=100)]
-    assert [(t.temperature, t.group_size, t.min_version) for t in tasks] == [(0.0, 1, f"{run}/1/3")] * 2
-    answers = [make_group(model, uid=t.uid, size=1, rewards=[i]) for i, t in enumerate(tasks)]
-    assert evaluator.take(answers[0].uid, 0.0) is None
-    assert evaluator.take(answers[0].uid, 0.0) is None
-    assert evaluator.take(answers[1].uid, 1.0) == 0.5
+    assert [(t.temperature, t.group_size) for t in tasks] == [(0.0, 1)] * 2 + [(0.5, 2)] * 2
+    assert {t.min_version for t in tasks} == {f"{run}/1/3"}
+    rewards = ([0.0], [1.0], [0.0, 1.0], [0.0, 0.0])
+    answers = [
+        make_group(model, uid=t.uid, size=t.group_size, rewards=r)
+        for t, r in zip(tasks, rewards, strict=True)
+    ]
+    assert evaluator.take(answers[0].uid, answers[0]) is None
+    assert evaluator.take(answers[0].uid, answers[0]) is None
+    assert evaluator.take(answers[1].uid, answers[1]) is None
+    assert evaluator.take(answers[3].uid, answers[0]) is None, "one answer for two: wrong, both"
+    assert evaluator.running
+    assert evaluator.take(answers[2].uid, answers[2]) == {
+        "accuracy": 0.375,
+        "set_accuracy/sums": 0.5,
+        "set_accuracy/words": 0.25,
+        "set_pass/words": 0.5,
+        "evaluation_tokens": sum(len(answers[i].token_ids) for i in (0, 1, 2)),
+    }
     assert not evaluator.running
-    later = Evaluator(TaskQueue(client, run), PROMPTS, config, epoch=2)
+
+
+def test_another_learners_answers_do_not_count_and_lost_tasks_are_asked_for_again(
+    client: redis.Redis, run: str, tmp_path: Path, model: Any
+) -> None:
+    config = write_config(tmp_path, model="m", run=run)
+    Evaluator(TaskQueue(client, run), SETS[:1], config, epoch=1).start(f"{run}/1/3", count=1)
+    [asked] = TaskQueue(client, run).claim("a", count=100)
+    later = Evaluator(TaskQueue(client, run), SETS[:1], config, epoch=2)
     later.start(f"{run}/2/3", count=1)
+    answer = make_group(model, uid=asked.task.uid, size=1, rewards=[1.0])
+    assert later.take(answer.uid, answer) is None, "an answer to a former learner's question"
     [claim] = TaskQueue(client, run).claim("a", count=100)
-    assert later.take(answers[0].uid, 1.0) is None, "an answer to a former learner's question"
     later.recover()
     assert TaskQueue(client, run).claim("a", count=100) == []
     TaskQueue(client, run).finish([claim])
     later.recover()
     assert [c.task for c in TaskQueue(client, run).claim("a", count=100)] == [claim.task]
+
+
+def test_an_evaluation_is_put_off_while_it_costs_more_than_its_share(
+    client: redis.Redis, run: str, tmp_path: Path, model: Any
+) -> None:
+    config = write_config(tmp_path, model="m", run=run, overrides=["eval.every=10", "eval.max_prompts=2"])
+    evaluator = Evaluator(TaskQueue(client, run), SETS[:1], config, epoch=1)
+    assert not evaluator.due(9, trained=0)
+    assert evaluator.due(10, trained=0), "nothing is known of its cost yet"
+    evaluator.start(f"{run}/1/10")
+    assert not evaluator.due(20, trained=10**6), "one at a time"
+    length = 0
+    for claim in TaskQueue(client, run).claim("a", count=100):
+        answer = make_group(model, uid=claim.task.uid, size=1, rewards=[1.0])
+        length += len(answer.token_ids)
+        evaluator.take(answer.uid, answer)
+    cost = 2 * length / 5  # it took five answers, and the next will take two
+    assert not evaluator.due(20, trained=int(cost / 0.05) - 1)
+    assert evaluator.due(30, trained=int(cost / 0.05) + 1)
+    assert not evaluator.due(40, trained=int(cost / 0.05) + 2), "counted from the one before"
 
 
 def test_only_an_answer_to_the_question_counts(
