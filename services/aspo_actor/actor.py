@@ -33,6 +33,7 @@ from aspo_actor.engine import RolloutEngine
 from aspo_actor.environments.conversation import Conversations
 from aspo_actor.environments.host import EnvironmentHost
 from aspo_actor.environments.replies import Replies
+from aspo_actor.guests import Guests
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.trial import Trials
 from aspo_actor.weight_sync import WeightSync
@@ -62,6 +63,7 @@ class Actor:
         self._hello: Hello
         self._scorer: Scorer | None = None
         self._host: EnvironmentHost | None = None
+        self._guests: Guests | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leave = asyncio.Event()
 
@@ -120,6 +122,10 @@ class Actor:
             return f"the actor is {self._state}"
         return None if self._engine.healthy else "the engine is unhealthy"
 
+    def host(self) -> Guests | None:
+        """Who answers OpenAI's clients, None while nobody does."""
+        return self._guests if self._state == "sampling" else None
+
     def sync_now(self) -> str:
         """Pull and apply the latest version; called from the HTTP thread."""
         if self._sync is None or self._loop is None:
@@ -165,6 +171,7 @@ class Actor:
         )
         if self._config.canary.enabled:
             self._worker.on_group = trials.saw
+        self._guests = Guests(engine, self._config)
         self._engine, self._state = engine, "sampling"
         working = asyncio.create_task(self._worker.run())
         watching = (

@@ -14,6 +14,7 @@ from aspo.telemetry import Gauges
 from aspo.weights.blobs import BlobStore
 from aspo.weights.manifest import WeightsError
 from aspo.weights.server import blob_routes
+from aspo_actor.openai_routes import Host, openai_routes
 
 
 class Synced(BaseModel):
@@ -35,6 +36,8 @@ class Observed(Protocol):
 
     def not_ready(self) -> str | None: ...
 
+    def host(self) -> Host | None: ...
+
     def sync_now(self) -> str: ...
 
     def start_drain(self) -> None: ...
@@ -44,6 +47,7 @@ def build_app(actor: Observed, blobs: BlobStore, gauges: Gauges, auth: AuthConfi
     """Make the actor's app; it hands the blobs that it has verified on to its peers."""
     app = create_app("actor", auth=auth, ready=actor.not_ready, registry=gauges.registry)
     app.include_router(blob_routes(blobs))
+    app.include_router(openai_routes(lambda: actor.host()))
     operator = [require(Scope.OPERATOR)]
 
     @app.get("/v1/status", dependencies=[require(Scope.READER)], tags=["status"])

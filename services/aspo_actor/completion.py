@@ -1,4 +1,4 @@
-"""What an engine gives back for a prompt."""
+"""What an engine gives back: for a prompt, and of an update."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ class Completion:
             return self.token_ids
         parts = np.split(self.token_ids, np.cumsum(self.runs)[:-1])
         return np.concatenate(parts[::2])
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateTimings:
+    """Seconds of each phase of one weight update; sampling stood still for `pause_s + apply_s`."""
+
+    check_s: float
+    pause_s: float
+    apply_s: float
+    probe_s: float

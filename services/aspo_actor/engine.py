@@ -21,9 +21,8 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ from aspo.config import ConfigError, EngineConfig
 from aspo.errors import AspoError
 from aspo.schemas import FloatArray, VersionSpan
 from aspo_actor.channel import Channel
-from aspo_actor.completion import Completion
+from aspo_actor.completion import Completion, UpdateTimings
 from aspo_actor.engine_settings import (
     check_request,
     import_vllm,
@@ -64,16 +63,6 @@ class WeightsRefusedError(AspoError, ValueError):
 
 class _NotFiniteError(EngineError):
     """Log-probs that no sound weights give."""
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateTimings:
-    """Seconds of each phase of one weight update; sampling stood still for `pause_s + apply_s`."""
-
-    check_s: float
-    pause_s: float
-    apply_s: float
-    probe_s: float
 
 
 class RolloutEngine:
@@ -423,18 +412,37 @@ class RolloutEngine:
         length = min(_PROBE_LENGTH, self._max_model_len - 2)
         return [index % self._vocab_size for index in range(length)]
 
-    async def _draw(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
-        """Run one request, and hold back what it gives until the weights that run are trusted."""
+    @contextlib.asynccontextmanager
+    async def drawing(self, requests: Mapping[str, int]) -> AsyncIterator[str]:
+        """Have requests on `client`, samples by id, held back and dropped as the engine's own are.
+
+        Gives the cache salt to make them with. Raises `EngineError` when the weights that drew are dropped.
+        """
         self._require_healthy()
         era = self._era
-        output = await self._generate(prompt_ids, params)
+        self._running.update(requests)
+        try:
+            yield self._salt
+        finally:
+            for request_id in requests:
+                del self._running[request_id]
         if era == self._era:
             await self._trusted.wait()
         if era != self._era:
             raise EngineError(self.failure or "the weights that drew this were dropped")
         if not self._alive:
             raise EngineError(self.failure)
-        return output
+
+    async def _draw(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
+        """Run one request, and hold back what it gives until the weights that run are trusted."""
+        async with self.drawing({}):
+            return await self._generate(prompt_ids, params)
+
+    @property
+    def _salt(self) -> str:
+        # Block hashes carry no weight version: the salt does, by count, for a rollback repeats labels.
+        # vLLM's own routes take no slash in it.
+        return f"{self._updates}:{self._version}".replace("/", ":")
 
     async def _generate(self, prompt_ids: Sequence[int], params: SamplingParams) -> Any:
         """Run one request to its end and return vLLM's `RequestOutput`."""
@@ -442,9 +450,7 @@ class RolloutEngine:
         from vllm.inputs.engine import tokens_input
 
         request_id = str(next(self._ids))
-        # Block hashes carry no weight version: the salt does, by count, for a rollback repeats labels.
-        salt = f"{self._updates}:{self._version}"
-        prompt = tokens_input(list(prompt_ids), cache_salt=salt)
+        prompt = tokens_input(list(prompt_ids), cache_salt=self._salt)
         self._running[request_id] = params.n
         try:
             async for output in self._client.generate(prompt, params, request_id):

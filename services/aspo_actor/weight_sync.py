@@ -18,7 +18,8 @@ from aspo.schemas import PolicyVersion
 from aspo.weights.client import Mirror, PullStats, Update, VersionGone, WeightClient
 from aspo.weights.manifest import WeightsError
 from aspo.weights.state import tensor_digest
-from aspo_actor.engine import EngineError, RolloutEngine, UpdateTimings, WeightsRefusedError
+from aspo_actor.completion import UpdateTimings
+from aspo_actor.engine import EngineError, RolloutEngine, WeightsRefusedError
 from aspo_actor.patch import write_patch
 from aspo_actor.trial import Trials
 

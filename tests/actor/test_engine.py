@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import shutil
@@ -12,20 +13,26 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import openai
 import psutil
 import pytest
 import pytest_asyncio
 import torch
 from blake3 import blake3
+from prometheus_client import CollectorRegistry
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
-from aspo.config import EngineConfig
+from aspo.config import AuthConfig, EngineConfig
+from aspo.http import Server, create_app, listen
 from aspo_actor import engine_settings
 from aspo_actor.completion import Completion
 from aspo_actor.engine import EngineError, RolloutEngine, WeightsRefusedError
+from aspo_actor.guests import Guests
+from aspo_actor.openai_routes import openai_routes
 from aspo_actor.patch import write_patch
 from models import char_tokenizer, save_model
+from rollouts import write_config
 
 pytestmark = [
     pytest.mark.vllm,
@@ -454,6 +461,66 @@ async def test_a_condemned_engine_drops_its_requests_until_it_is_mended(
     assert engine.recoverable
     await engine.apply_weights([folder / "tied-0" / "model.safetensors"], "test/0/0")
     await check_weights(engine, folder / "tied-0")
+
+
+@contextlib.asynccontextmanager
+async def guest(engine: RolloutEngine, folder: Path, places: int) -> AsyncIterator[openai.AsyncOpenAI]:
+    """A client of OpenAI's, with the engine behind HTTP."""
+    config = write_config(folder, model="m", run="test", overrides=[f"actor.guest_samples={places}"])
+    guests = Guests(engine, config)
+    app = create_app("actor", auth=AuthConfig(), ready=lambda: None, registry=CollectorRegistry())
+    app.include_router(openai_routes(lambda: guests))
+    with Server(app, listen("127.0.0.1", 0, AuthConfig())) as server:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
+
+
+async def guests_running(engine: RolloutEngine, samples: int) -> None:
+    async with asyncio.timeout(30):
+        while sum(engine._running.values()) != samples:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0.01)
+
+
+async def test_guests_wait_for_their_few_places_and_give_them_back(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    async with guest(engine, tmp_path, places=2) as client:
+        ask = functools.partial(client.completions.create, model="test", prompt=PROMPT, max_tokens=8)
+        await engine._pause()
+        hanging = asyncio.create_task(ask(n=2))
+        await guests_running(engine, 2)
+        others = [asyncio.create_task(ask(seed=seed)) for seed in range(5)]
+        done, _ = await asyncio.wait(others, timeout=0.5)
+        assert (len(done), sum(engine._running.values())) == (0, 2)
+        hanging.cancel()  # hangs up: the others have its places
+        await guests_running(engine, 2)
+        await engine.client.resume_generation()
+        answers = await asyncio.gather(*others)
+        assert len({answer.choices[0].text for answer in answers}) > 1
+        await guests_running(engine, 0)
+        with pytest.raises(openai.BadRequestError, match="3 completions are more than the 2"):
+            await ask(n=3)
+
+
+async def test_guests_are_dropped_with_the_weights_that_answer_them(
+    engine: RolloutEngine, folder: Path, tmp_path: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    async with guest(engine, tmp_path, places=2) as client:
+        ask = functools.partial(client.completions.create, model="test", prompt=PROMPT, max_tokens=8)
+        await engine._pause()
+        asked = [asyncio.create_task(ask()), asyncio.create_task(ask(stream=True))]
+        await guests_running(engine, 2)
+        await engine.condemn("a digest is wrong")
+        for job in (*asked, ask()):
+            with pytest.raises(openai.InternalServerError, match="a digest is wrong"):
+                await job
+        await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
+        greedy = await ask(temperature=0)
+        (own,) = await engine.sample(PROMPT, n=1, max_tokens=8, temperature=0.0)
+        assert greedy.choices[0].text == own.text
+        assert greedy.system_fingerprint == "test/0/1"
 
 
 async def test_vllms_own_update_calls_refuse_an_unfit_update_too(

@@ -55,6 +55,9 @@ class StubActor:
     def not_ready(self) -> str | None:
         return None
 
+    def host(self) -> None:
+        return None
+
     def sync_now(self) -> str:
         return "r/1/1"
 
@@ -114,7 +117,8 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
 
 def least_scope(method: str, path: str) -> Scope:
     """The least of the scopes that may call a route; what is not listed is for operators alone."""
-    if path in ("/v1/status", "/v1/weights", "/docs", "/openapi.json"):
+    readers = ("/v1/status", "/v1/weights", "/docs", "/openapi.json", "/v1/models")
+    if path in (*readers, "/v1/completions", "/v1/chat/completions"):
         return Scope.READER
     if path.endswith("/report") or (method == "GET" and path.startswith(("/v1/weights/", "/v1/blobs/"))):
         return Scope.ACTOR

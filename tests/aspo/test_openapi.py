@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -20,6 +21,7 @@ from aspo.telemetry import ACTOR_METRICS, LEARNER_METRICS, Gauges
 from aspo.weights.blobs import BlobStore
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
+from aspo_actor.openai_routes import Asked
 from aspo_learner.releases import Releases
 from versions import FILES, tensors, version
 
@@ -45,7 +47,24 @@ class Learner:
         return None
 
 
+class Host:
+    version = "r/1/0"
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": []}
+
+    async def answer(self, asked: Asked) -> tuple[str, str]:
+        return "{}", self.version
+
+    async def stream(self, asked: Asked) -> AsyncGenerator[str]:
+        for _ in range(asked.samples):
+            yield "data: {}\n\n"
+
+
 class Actor:
+    def host(self) -> Host:
+        return Host()
+
     def status(self) -> ActorStatus:
         return ActorStatus(id="actor-0", run="r", url="", state="sampling", version="r/1/0")
 
