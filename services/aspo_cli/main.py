@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from aspo.config import ConfigError
 from aspo.errors import AspoError
 from aspo.text import printable
 from aspo_cli import quarantine, settings, weights
@@ -190,6 +191,47 @@ def top(
     from aspo_cli.top import watch
 
     watch(learner, token, every_s=every, count=count, as_json=as_json)
+
+
+@app.command("eval", epilog="Example: aspo eval -c my.toml --version sums/1/42 -k 8 --temperature 1")
+def evaluate(
+    config: ConfigPath,
+    version: Annotated[str | None, typer.Option(help="run/epoch/step; the live one by default.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A model folder, in place of a version.")] = None,
+    live: Annotated[bool, typer.Option("--live", help="Ask the actors that run; start no engine.")] = False,
+    actor: Annotated[
+        list[str] | None, typer.Option(help="URL of an actor to ask; may be repeated; as --live.")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, max=1024, help="Answers to each prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2, help="Of the answers.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each set.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results.")] = None,
+    learner: Annotated[str | None, typer.Option(help="URL of the learner; the config's by default.")] = None,
+    token: Token = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure avg@k, pass@k and majority@k on the held-out sets of a config, beside the training.
+
+    Of the live version by default, by an engine of this command's own; --live has the running actors answer.
+    """
+    if sum((version is not None, model is not None, live or bool(actor))) > 1:
+        raise ConfigError("--version, --model and --live (or --actor) exclude each other; give one")
+    from aspo_cli.eval import Wanted, run_eval
+
+    asked = Wanted(
+        version=version,
+        model=model,
+        live=live,
+        actors=actor or (),
+        k=k,
+        temperature=temperature,
+        limit=limit,
+        out=out,
+        learner=learner,
+        token=token,
+    )
+    run_eval(config, overrides or [], asked, as_json=as_json)
 
 
 @app.command(epilog="Example: aspo export my-model --version demo/1/42")

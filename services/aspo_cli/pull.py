@@ -35,7 +35,7 @@ def pull_version(
 
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _scratch(".pull-", folder.parent) as scratch:
+        with scratch_folder(".pull-", folder.parent) as scratch:
             path: Path = asyncio.run(_with_client(url, token, scratch, version, write))
             return path
     except OSError as error:
@@ -44,13 +44,13 @@ def pull_version(
 
 def verify_version(url: str, token: str | None, version: str | None) -> str:
     """Download a version and check every digest; raises AspoError for any that does not match."""
-    with _scratch("aspo-verify-") as scratch:
+    with scratch_folder("aspo-verify-") as scratch:
         manifest = asyncio.run(_with_client(url, token, scratch, version, _follow))
     return f"{manifest.version} is intact: {len(manifest.tensors)} tensors, state {manifest.state_digest}"
 
 
 @contextlib.contextmanager
-def _scratch(prefix: str, parent: Path | None = None) -> Iterator[Path]:
+def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """A folder that is gone afterwards; SIGTERM, too, ends what goes on in it as Ctrl-C does."""
     former = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

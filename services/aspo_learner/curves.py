@@ -16,7 +16,7 @@ Steps = Sequence[Mapping[str, float]]
 Panels = Mapping[str, Mapping[str, str]]
 
 SUMMARY: Panels = {
-    "Reward": {"reward": "sampled, T = 1", "accuracy": "held-out, greedy"},
+    "Reward": {"reward": "sampled, T = 1", "accuracy": "held-out"},
     "Entropy (nats per token)": {"entropy": "policy"},
     "Staleness (versions)": {"staleness_mean": "mean", "staleness_max": "max"},
     "Importance ratio r": {"ratio_p01": "1 %", "ratio_mean": "mean", "ratio_p99": "99 %"},

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aspo_cli.status import fetch_status
 from project import aspo_weights, learner_url, make_project, metrics_of, post, step_of
@@ -105,8 +110,10 @@ def test_sets_are_mixed_and_the_parts_of_the_reward_are_told(
         shares = (m[f"set_reward/{name}"] * m[f"set_groups/{name}"] / 4 for name in sets)
         assert sum(shares) == pytest.approx(m["reward"])
     assert {name for m in steps for name in m if "set_" in name} == {
-        f"{metric}/{name}" for metric in ("set_groups", "set_reward") for name in ("questions", "more")
+        "set_accuracy/questions",  # of the held-out set, which is greedy: no set_pass
+        *(f"{metric}/{name}" for metric in ("set_groups", "set_reward") for name in ("questions", "more")),
     }
+    assert all(m["set_accuracy/questions"] == m["accuracy"] for m in steps)
 
 
 def test_behaviour_log_probs_match_the_learners_own(
@@ -121,13 +128,80 @@ def test_behaviour_log_probs_match_the_learners_own(
 
 
 def test_models_load_with_from_pretrained(finished: tuple[Service, Service, Path], project: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     for folder in (project / "runs/sevens/model", finished[2]):
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         assert model.num_parameters() > 0
         assert tokenizer.decode(tokenizer("12+3=")["input_ids"]).replace(" ", "") == "12+3="
+
+
+def actor_url(actor: Service) -> str:
+    found = re.search(r"serves on (http://\S+)", actor.text)
+    assert found, actor.text
+    return found[1]
+
+
+def test_openai_clients_try_the_live_policy(finished: tuple[Service, Service, Path], project: Path) -> None:
+    """Token by token and log-prob by log-prob what transformers makes of the published model."""
+    model = AutoModelForCausalLM.from_pretrained(project / "runs/sevens/model")
+    tokenizer = AutoTokenizer.from_pretrained(project / "runs/sevens/model")
+    prompt = tokenizer("12+12=")["input_ids"]
+    ids = torch.tensor([prompt])
+    expected = model.generate(ids, do_sample=False, max_new_tokens=6)[0, len(prompt) :].tolist()
+    scores = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    with openai.OpenAI(base_url=f"{actor_url(finished[1])}/v1", api_key="none", max_retries=0) as client:
+        assert [one.id for one in client.models.list()] == ["sevens"]
+        ask = functools.partial(client.completions.create, model="sevens", prompt=prompt, temperature=0)
+        answer = ask(max_tokens=6, echo=True, logprobs=1, extra_body={"return_token_ids": True})
+        assert answer.choices[0].token_ids == expected
+        assert answer.choices[0].logprobs.token_logprobs[0] is None
+        found = answer.choices[0].logprobs.token_logprobs[1 : len(prompt)]
+        assert found == pytest.approx(scores.tolist(), abs=1e-3)
+        assert answer.system_fingerprint == f"sevens/1/{STEPS}"
+        text = ask(max_tokens=6).choices[0].text
+        chunks = list(ask(max_tokens=6, stream=True))
+        assert "".join(chunk.choices[0].text for chunk in chunks) == text
+        assert {chunk.system_fingerprint for chunk in chunks} == {f"sevens/1/{STEPS}"}
+        scored = ask(prompt=["1+1=", "2+2="], max_tokens=0, echo=True, logprobs=1)  # as lm-eval asks
+        assert [choice.text.replace(" ", "") for choice in scored.choices] == ["1+1=", "2+2="]
+        drawn = [ask(n=4, temperature=1, seed=3).choices for _ in range(2)]
+        assert [c.text for c in drawn[0]] == [c.text for c in drawn[1]]
+        chat = client.chat.completions.create(
+            model="sevens", messages=[{"role": "user", "content": "12+12"}], temperature=0, max_tokens=6
+        )
+        assert chat.choices[0].message.content == text
+        for wrong, words in (
+            ({"model": "other"}, "`other` does not exist"),
+            ({"suffix": "x"}, "suffix: Extra inputs are not permitted"),
+            ({"prompt": [4000]}, "out of vocabulary"),
+            ({"max_tokens": 4000}, "max_model_len"),
+        ):
+            with pytest.raises(openai.APIStatusError, match=words):
+                ask(**wrong)
+
+
+def test_the_live_policy_is_evaluated_by_its_actor(
+    finished: tuple[Service, Service, Path], project: Path
+) -> None:
+    command = ["eval", "-c", "my.toml", "--actor", actor_url(finished[1]), "-k", "4", "--temperature", "1"]
+    evaluation = Service(project, *command, "--set", "eval.right_above=0.3", "--out", "found")
+    assert evaluation.wait(100) == 0, evaluation.text
+    result = json.loads((project / "found/results.json").read_text())
+    assert (result["versions"], result["sampled_by"]) == ([f"sevens/1/{STEPS}"], "actors")
+    figures = result["sets"]["questions"]["figures"]
+    assert list(figures) == ["avg@4", "pass@1", "pass@2", "pass@4", "majority@4"]
+    rows = [json.loads(line) for line in (project / "found/answers.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(16))
+    for row in rows:
+        counted = [text.count("7") / max(1, len(text)) for text in row["completions"]]
+        assert row["rewards"] == pytest.approx(counted, abs=0.0101)  # but for the penalty on length
+    right = [[reward > 0.3 for reward in row["rewards"]] for row in rows]
+    assert figures["pass@4"]["value"] == pytest.approx(sum(map(any, right)) / 16)
+    assert figures["pass@1"]["value"] == pytest.approx(sum(map(sum, right)) / 64)
+    for figure in figures.values():
+        assert 0 <= figure["low"] <= figure["value"] <= figure["high"] <= 1
+    assert (project / "found/results.png").read_bytes()[:4] == b"\x89PNG"
+    assert "pass@2" in evaluation.text
 
 
 def check_the_weights_commands(project: Path, url: str) -> None:
