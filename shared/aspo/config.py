@@ -393,7 +393,7 @@ class Config(BaseSettings):
         largest = max(self.sampling.group_size, *(one.k for one in self.eval.chosen), 1)
         if largest * self.longest_completion > MAX_GROUP_TOKENS:
             raise ValueError(
-                f"sampling.group_size (or the k of an eval set) * max_tokens exceeds {MAX_GROUP_TOKENS} tokens "
+                f"sampling.group_size (or an eval set's k) * max_tokens exceeds {MAX_GROUP_TOKENS} tokens "
                 f"a group{', those of the environment included' if self.environment.room else ''}; lower one"
             )
         return self
