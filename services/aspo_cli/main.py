@@ -280,6 +280,14 @@ def bench(
     run_bench(name, context.args, as_json=as_json)
 
 
+@app.command(hidden=True, epilog="Example: aspo docs docs/reference")
+def docs(folder: Annotated[Path, typer.Argument(help="Where the pages go.")]) -> None:
+    """Write the reference pages of the documentation, from the code."""
+    from aspo_cli.reference import write_pages
+
+    write_pages(folder)
+
+
 def run() -> None:
     """Entry point: a user's mistake is one line on standard error, not a traceback."""
     try:

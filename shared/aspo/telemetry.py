@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -112,6 +113,24 @@ ACTOR_METRICS = {
     "reward_failures": "Samples whose reward function raised, hung or gave no number",
     "environment_failures": "Conversations that ended because the environment raised, hung or made no sense",
 }
+
+
+# What the names of metrics say of their unit, first match first; anything else is a plain number.
+_UNITS = (
+    (r"tokens_per_second", "tokens/s"),
+    (r"_seconds$", "seconds"),
+    (r"bytes", "bytes"),
+    (r"fraction|^accuracy|^repetition_|_bias$", "share"),
+    (r"^entropy|^kl_|_k[13]$", "nats/token"),
+    (r"^(stale_)?tokens|^response_length", "tokens"),
+    (r"^staleness_|_behind$", "versions"),
+    (r"groups|^queue_rollouts|^ended_", "groups"),
+)
+
+
+def unit_of(name: str) -> str:
+    """The unit of a metric; 1 for a plain number."""
+    return next((unit for pattern, unit in _UNITS if re.search(pattern, name)), "1")
 
 
 class Gauges:

@@ -11,7 +11,16 @@ from aspo_cli.main import app
 from commands import parse, verbs
 
 VERBS = dict(verbs())
-PRINTS_NO_DATA = {"actor", "config schema", "demo", "export", "learner", "relay", "up"}  # schema is JSON
+PRINTS_NO_DATA = {
+    "actor",
+    "config schema",
+    "demo",
+    "docs",
+    "export",
+    "learner",
+    "relay",
+    "up",
+}  # schema is JSON
 
 
 @pytest.mark.parametrize("verb", VERBS)
