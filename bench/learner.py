@@ -164,13 +164,20 @@ class Bench:
         wait_for(self.policy.device)
         return time.perf_counter() - began
 
-    def split(self) -> dict[str, float]:
-        """The shares of one step's parts, and of the rest."""
+    def figures(self) -> dict[str, Any]:
+        """The shares of one step's parts, and the memory up to now."""
         seconds = self.trainer.phases.seconds = {}
         whole = self.step()
         self.trainer.phases.seconds = None
-        shares = {name: taken / whole for name, taken in seconds.items()}
-        return shares | {"other": 1 - sum(shares.values())}
+        split = {name: taken / whole for name, taken in seconds.items()}
+        room = self.policy.room
+        assert room is not None, "the shape of a Qwen3 is known"
+        return {
+            "split": split | {"other": 1 - sum(split.values())},
+            "loss_advantages_packing_metrics": sum(split[name] for name in SMALL),
+            "peak_bytes_predicted": room.predicted,
+            "peak_bytes": room.measured,
+        }
 
     def trace(self, path: Path) -> None:
         """Write a profile of one step."""
@@ -179,9 +186,9 @@ class Bench:
         profile.export_chrome_trace(str(path))
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def configure(folder: Path, arguments: argparse.Namespace) -> Config:
+    """Write the model and the settings, and load these."""
     save_model(folder / "model", arguments.model)
-    shape = shape_of_config(str(folder / "model"))
     text = CONFIG.format(
         model=json.dumps(str(folder / "model")),
         size=arguments.group_size,
@@ -190,7 +197,12 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         tokens=arguments.micro_batch_tokens,
     )
     (folder / "bench.toml").write_text(text)
-    config = load_config(folder / "bench.toml", arguments.set)
+    return load_config(folder / "bench.toml", arguments.set)
+
+
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    config = configure(folder, arguments)
+    shape = shape_of_config(config.model.path)
     groups = make_groups(arguments, shape.vocabulary)
     device = pick_device(config.learner.device, 1)
     dtype = torch.bfloat16 if uses_bf16(config.learner.precision, device) else torch.float32
@@ -200,11 +212,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for _ in range(2):  # the first makes the optimizer's state
             bench.step()
         seconds = statistics.median(bench.step() for _ in range(arguments.rounds))
-        split = bench.split()
-        bench.publisher.wait()
-        room = bench.policy.room
-        assert room is not None
-        peak = room.measured
+        figures = bench.figures()
         if arguments.trace is not None:
             bench.trace(arguments.trace)
     tokens = sum(len(group.prompt_ids) * len(group) + len(group.token_ids) for group in groups)
@@ -223,11 +231,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "flops_per_second": achieved,
         "matmul_flops_per_second": limit,
         "mfu": achieved / limit,
-        "split": split,
-        "loss_advantages_packing_metrics": sum(split.get(name, 0.0) for name in SMALL),
-        "peak_bytes_predicted": room.predicted,
-        "peak_bytes": peak,
-    }
+    } | figures
 
 
 def main() -> None:

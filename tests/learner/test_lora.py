@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from aspo.config import AuthConfig, Config, ConfigError
 from aspo.hello import file_refs, own_hello
 from aspo.http import Server, create_app, listen
-from aspo.schemas import PolicyVersion
 from aspo.weights.adapters import merge, scaling_of
 from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.leases import Leases
@@ -165,11 +164,19 @@ def test_other_adapters_are_not_merged(config: bytes) -> None:
         scaling_of(config)
 
 
+def publish(trainer: Trainer, store: WeightStore) -> Publisher:
+    """A publisher that has stored the present weights as step 0."""
+    publisher = Publisher(store, trainer.policy, "r", 1)
+    publisher.publish(0)
+    publisher.wait()
+    return publisher
+
+
 def add(totals: list[int], index: int, count: int) -> None:
     totals[index] += count
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(folder: Path) -> Iterator[tuple[WeightStore, str]]:
     """A store and where it is served."""
     store, auth = WeightStore(folder), AuthConfig()
@@ -180,14 +187,12 @@ def served(folder: Path) -> Iterator[tuple[WeightStore, str]]:
         yield store, server.url
 
 
-async def test_versions_are_of_adapters_alone_and_are_followed_and_exported_both_ways(tmp_path: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
-
+async def test_versions_are_of_adapters_alone_and_their_merged_weights_are_followed(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path)
-    with served(tmp_path / "weights") as (store, url):
-        publisher = Publisher(store, trainer.policy, "r", 1)
-        publisher.publish(0)
-        publisher.wait()
+    with (
+        served(tmp_path / "weights") as (store, url),
+        contextlib.closing(publish(trainer, store)) as publisher,
+    ):
         async with WeightClient(url, tmp_path / "cache") as client:
             mirror, arrived = Mirror(client), [0, 0, 0]
             for step in range(3):
@@ -198,6 +203,7 @@ async def test_versions_are_of_adapters_alone_and_are_followed_and_exported_both
                 update = await mirror.follow(plan)
                 published: dict[str, Tensor] = {}
                 trainer.policy.copy_published(published)
+                assert {info.name for info in plan.manifest.tensors} == published.keys()
                 for name, tensor in trainer.policy.merged(published).items():
                     assert torch.equal(mirror.weights.tensors[name], tensor), name
                 assert update.base == (f"r/1/{step - 1}" if step else None)
@@ -209,18 +215,23 @@ async def test_versions_are_of_adapters_alone_and_are_followed_and_exported_both
                 publisher.publish(step + 1)
                 publisher.wait()
             assert arrived[0] > 300_000 > 5 * max(arrived[1:])  # the base came once
-            mine = own_hello(lora_config(tmp_path), plan.manifest.files)
-            files = file_refs(trainer.policy.published_files())
-            assert mine == own_hello(lora_config(tmp_path), files)
-            plan = await client.plan("r/1/3")
-            await export(client, plan, tmp_path / "merged")
-            await export(client, plan, tmp_path / "adapter", adapter=True)
-            await mirror.follow(plan)
             mirror.weights.tensors["model.norm.weight"] += 1  # damaged in memory
             await mirror.restore()
             assert mirror.weights.tensors["model.norm.weight"].max() < 2
-        publisher.close()
-    assert store.state(PolicyVersion(1, 3, "r")).tensors.keys() == published.keys()
+    mine = own_hello(lora_config(tmp_path), plan.manifest.files)
+    assert mine == own_hello(lora_config(tmp_path), file_refs(trainer.policy.published_files()))
+
+
+async def test_a_version_is_exported_merged_and_as_an_adapter(tmp_path: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    trainer = new_trainer(tmp_path)
+    train(trainer, range(1))
+    with served(tmp_path / "weights") as (store, url), contextlib.closing(publish(trainer, store)):
+        async with WeightClient(url, tmp_path / "cache") as client:
+            plan = await client.plan("r/1/0")
+            await export(client, plan, tmp_path / "merged")
+            await export(client, plan, tmp_path / "adapter", adapter=True)
     expected = logits(trainer.policy.model)
     for model in (
         AutoModelForCausalLM.from_pretrained(tmp_path / "merged"),
