@@ -166,8 +166,9 @@ def run_eval(path: Path, overrides: list[str], wanted: Wanted, *, as_json: bool)
     # Reward functions named in the config may lie in the folder the command is run from.
     sys.path.insert(0, os.getcwd())
     with scratch_folder("aspo-eval-") as scratch:
-        make = _actors(config, wanted)
-        if not (wanted.live or wanted.actors):
+        if wanted.live or wanted.actors:
+            make = _actors(config, wanted)
+        else:
             make = _engine(config, wanted, *_fetched(config, wanted, scratch))
         report = asyncio.run(_evaluate(config, make))
     folder = wanted.out or config.run.path / "evaluations" / _folder_name(report.versions)
@@ -202,7 +203,8 @@ async def _evaluate(config: Config, make: contextlib.AbstractAsyncContextManager
         async with make as prepared:
             results = await _measure(config, prepared, scorer)
     seconds = round(time.monotonic() - began, 1)
-    return Report(config.run.name, sorted(prepared.sampler.versions), prepared.how, results, seconds)
+    versions = sorted(prepared.sampler.versions, key=lambda name: (len(name), name))  # 9 before 10
+    return Report(config.run.name, versions, prepared.how, results, seconds)
 
 
 @contextlib.asynccontextmanager

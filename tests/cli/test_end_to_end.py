@@ -184,7 +184,7 @@ def test_the_live_policy_is_evaluated_by_its_actor(
     finished: tuple[Service, Service, Path], project: Path
 ) -> None:
     command = ["eval", "-c", "my.toml", "--actor", actor_url(finished[1]), "-k", "4", "--temperature", "1"]
-    evaluation = Service(project, *command, "--set", "eval.right_above=0.3", "--out", "found")
+    evaluation = Service(project, *command, "--set", "eval.right_above=0.3", "--out", "found", forked=True)
     assert evaluation.wait(100) == 0, evaluation.text
     result = json.loads((project / "found/results.json").read_text())
     assert (result["versions"], result["sampled_by"]) == ([f"sevens/1/{STEPS}"], "actors")

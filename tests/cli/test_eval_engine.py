@@ -34,17 +34,16 @@ temperature = 1.0
 """
 
 
-def greedy_reward(folder: Path) -> float:
-    """The mean share of sevens in transformers' greedy answers."""
+def greedy_answers(folder: Path) -> list[str]:
+    """Transformers' greedy answers to the project's questions."""
     model, tokenizer = (kind.from_pretrained(folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
-    shares = []
+    texts = []
     for i in range(10, 26):
         ids = tokenizer(f"{i}+{i}=", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             answer = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
-        text = tokenizer.decode(answer, skip_special_tokens=True)
-        shares.append(text.count("7") / max(1, len(text)))
-    return sum(shares) / len(shares)
+        texts.append(tokenizer.decode(answer, skip_special_tokens=True))
+    return texts
 
 
 def test_an_older_version_is_evaluated_by_an_engine_of_its_own(tmp_path: Path) -> None:
@@ -73,7 +72,15 @@ def test_an_older_version_is_evaluated_by_an_engine_of_its_own(tmp_path: Path) -
     result = json.loads((tmp_path / "runs/sevens/evaluations/1-0/results.json").read_text())
     assert json.loads(older.text.strip().splitlines()[-1]) == result
     assert (result["versions"], result["sampled_by"]) == (["sevens/1/0"], "engine")
-    greedy, drawn = result["sets"]["greedy"]["figures"], result["sets"]["drawn"]["figures"]
-    assert greedy["avg@1"]["value"] == pytest.approx(greedy_reward(tmp_path / "start"), abs=1e-6)
-    assert greedy_reward(tmp_path / "start") != greedy_reward(tmp_path / "newer")
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "runs/sevens/evaluations/1-0/answers.jsonl").read_text().splitlines()
+    ]
+    texts = [text for row in rows if row["set"] == "greedy" for text in row["completions"]]
+    assert texts == greedy_answers(tmp_path / "start") != greedy_answers(tmp_path / "newer")
+    drawn = result["sets"]["drawn"]["figures"]
     assert list(drawn) == ["avg@4", "pass@1", "pass@2", "pass@4", "majority@4"]
+    shares = [r for row in rows if row["set"] == "drawn" for r in row["rewards"]]
+    assert len(shares) == 64
+    assert drawn["avg@4"]["value"] == pytest.approx(sum(shares) / 64)
+    assert drawn["avg@4"]["value"] > 0
