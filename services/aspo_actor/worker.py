@@ -18,7 +18,7 @@ from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
 from aspo_actor.completion import Completion
 from aspo_actor.engine import EngineError, RolloutEngine
-from aspo_actor.environments.conversation import Conversations
+from aspo_actor.environments.conversation import Conversations, sample_task
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync
@@ -132,42 +132,21 @@ class Worker:
         if task.min_version is not None:
             await self._sync.wait_for(task.min_version)
         try:
-            completions = await self._sample(task)
+            completions = await sample_task(self._engine, self._conversations, task)
         except EngineError:
             if not self._engine.recoverable:
                 raise
             await asyncio.to_thread(self._hand_back, [claim])
             return
         self._count(completions)
-        scores = await self._scorer.score(self._answers(task, completions))
+        prompt = self._engine.text_of(task.prompt_ids)
+        answers = Answers.of(prompt, completions, task.max_tokens, task.reward_inputs)
+        scores = await self._scorer.score(answers)
         group = assemble(task, self._actor, completions, scores)
         await self._store(claim, encode_group(group))
         self.groups += 1
         if self.on_group is not None:
             await self.on_group(group)
-
-    async def _sample(self, task: Task) -> list[Completion]:
-        if self._conversations is not None:
-            return await self._conversations.hold(task)
-        return await self._engine.sample(
-            task.prompt_ids,
-            n=task.group_size,
-            max_tokens=task.max_tokens,
-            temperature=task.temperature,
-            seed=task.seed,
-        )
-
-    def _answers(self, task: Task, completions: Sequence[Completion]) -> Answers:
-        return Answers(
-            prompt=self._engine.text_of(task.prompt_ids),
-            completions=[c.text for c in completions],
-            token_ids=[c.model_tokens.tolist() for c in completions],
-            max_tokens=task.max_tokens,
-            columns=task.reward_inputs,
-            turns=[c.turns or (c.text,) for c in completions],
-            states=[c.state for c in completions],
-            lost=[c.failed for c in completions],
-        )
 
     async def _store(self, claim: Claim, payload: bytes) -> None:
         """Store the rollout, then finish the task; waits for Redis as long as it takes."""

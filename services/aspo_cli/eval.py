@@ -27,8 +27,11 @@ from rich.progress import Progress
 
 from aspo.config import Config, ConfigError, EvalSet, describe_validation_error, load_config
 from aspo.errors import AspoError
+from aspo.schemas import IntArray, Task
 from aspo.tls import client_context
+from aspo_actor.completion import Completion
 from aspo_actor.engine import RolloutEngine
+from aspo_actor.environments.conversation import Conversations, conversing, sample_task
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer
 from aspo_cli.ask import ask, require_url
@@ -72,8 +75,8 @@ class Sampler(Protocol):
     versions: set[str]
     at_once: int
 
-    async def draw(self, prompt: Prompt, chosen: EvalSet, max_tokens: int, seed: int) -> list[list[int]]:
-        """The token ids of `chosen.k` completions."""
+    async def draw(self, prompt: Prompt, chosen: EvalSet, max_tokens: int, seed: int) -> list[Completion]:
+        """`chosen.k` completions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,36 +90,43 @@ class _Prepared:
 
 
 class EngineSampler:
-    """An engine of our own."""
+    """An engine of our own, which talks with the environment where there is one."""
 
-    def __init__(self, engine: RolloutEngine, config: Config) -> None:
+    def __init__(self, engine: RolloutEngine, conversations: Conversations | None, config: Config) -> None:
         self._engine, self.versions = engine, {engine.version}
+        self._conversations = conversations
         self.at_once = config.actor.engine.max_num_seqs
 
-    async def draw(self, prompt: Prompt, chosen: EvalSet, max_tokens: int, seed: int) -> list[list[int]]:
-        """The token ids of `chosen.k` completions."""
-        drawn = await self._engine.sample(
-            prompt.token_ids,
-            n=chosen.k,
+    async def draw(self, prompt: Prompt, chosen: EvalSet, max_tokens: int, seed: int) -> list[Completion]:
+        """`chosen.k` completions."""
+        task = Task(
+            uid="eval",
+            index=prompt.row,
+            purpose="eval",
+            prompt_ids=prompt.token_ids,
+            group_size=chosen.k,
             max_tokens=max_tokens,
             temperature=chosen.temperature,
+            reward_inputs=prompt.reward_inputs,
             seed=seed if chosen.temperature else None,
         )
-        return [completion.token_ids.tolist() for completion in drawn]
+        return await sample_task(self._engine, self._conversations, task)
 
 
 class ActorSampler:
     """The actors that run, in turn."""
 
-    def __init__(self, session: aiohttp.ClientSession, urls: Sequence[str], model: str) -> None:
-        self._session, self._model = session, model
+    def __init__(
+        self, session: aiohttp.ClientSession, urls: Sequence[str], model: str, tokenizer: Any
+    ) -> None:
+        self._session, self._model, self._tokenizer = session, model, tokenizer
         self._urls = itertools.cycle(urls)
         self._places = asyncio.Semaphore(_PER_ACTOR * len(urls))
         self.versions: set[str] = set()
         self.at_once = 2 * _PER_ACTOR * len(urls)
 
-    async def draw(self, prompt: Prompt, chosen: EvalSet, max_tokens: int, seed: int) -> list[list[int]]:
-        """The token ids of `chosen.k` completions, each a request: actors bound how many come at once."""
+    async def draw(self, prompt: Prompt, chosen: EvalSet, max_tokens: int, seed: int) -> list[Completion]:
+        """`chosen.k` completions, each a request: actors bound how many come at once."""
         fields = {
             "model": self._model,
             "prompt": prompt.token_ids,
@@ -127,7 +137,7 @@ class ActorSampler:
         seeds = [_seed(seed, number) for number in range(chosen.k)]
         return list(await asyncio.gather(*(self._complete(fields | {"seed": one}) for one in seeds)))
 
-    async def _complete(self, fields: dict[str, Any]) -> list[int]:
+    async def _complete(self, fields: dict[str, Any]) -> Completion:
         async with self._places:
             for attempt in range(_TRIES):
                 url = next(self._urls)
@@ -138,9 +148,15 @@ class ActorSampler:
                     await asyncio.sleep(2**attempt / 4)
                     continue
                 self.versions |= set(answer["system_fingerprint"].split(".."))
-                found: list[int] = answer["choices"][0]["token_ids"]
-                return found
+                return self._completion(answer["choices"][0])
         raise ActorsError(f"no actor answers ({reason}); see `aspo status`, or leave out --live")
+
+    def _completion(self, choice: dict[str, Any]) -> Completion:
+        """What an evaluation needs of an answer: its tokens and its text."""
+        token_ids = np.array(choice["token_ids"], dtype=np.int32)
+        logprobs = np.zeros(len(token_ids), dtype=np.float32)
+        text = _decode(self._tokenizer, token_ids)
+        return Completion(token_ids, logprobs, (), choice["finish_reason"], text)
 
 
 class _Busy(Exception):
@@ -215,7 +231,8 @@ async def _engine(config: Config, wanted: Wanted, folder: Path, version: str) ->
     sets = _load(config, wanted, tokenizer, length or _UNKNOWN_LENGTH)
     engine = await RolloutEngine.start(folder, config.model.dtype, config.actor.engine, version=version)
     try:
-        yield _Prepared("engine", EngineSampler(engine, config), sets, tokenizer)
+        async with conversing(engine, config) as conversations:
+            yield _Prepared("engine", EngineSampler(engine, conversations, config), sets, tokenizer)
     finally:
         await engine.close()
 
@@ -223,6 +240,10 @@ async def _engine(config: Config, wanted: Wanted, folder: Path, version: str) ->
 @contextlib.asynccontextmanager
 async def _actors(config: Config, wanted: Wanted) -> AsyncIterator[_Prepared]:
     """The actors named, or those that the learner knows."""
+    if config.environment.function is not None:
+        raise ConfigError(
+            "running actors are asked for single turns, without the environment; leave out --live"
+        )
     urls = [url.rstrip("/") for url in wanted.actors]
     for url in urls:
         require_url(url)
@@ -238,7 +259,7 @@ async def _actors(config: Config, wanted: Wanted) -> AsyncIterator[_Prepared]:
         length = await _context_of(session, urls[0])
         tokenizer = load_tokenizer(config.model.path)
         sets = _load(config, wanted, tokenizer, length)
-        yield _Prepared("actors", ActorSampler(session, urls, config.run.name), sets, tokenizer)
+        yield _Prepared("actors", ActorSampler(session, urls, config.run.name, tokenizer), sets, tokenizer)
 
 
 async def _context_of(session: aiohttp.ClientSession, url: str) -> int:
@@ -296,24 +317,23 @@ class _Judge:
         """What is kept of one prompt: its row, texts, the answers that vote, rewards, lengths."""
         longest, seed = self.config.sampling.max_tokens, _seed(self.config.run.seed, prompt.row)
         drawn = await self.prepared.sampler.draw(prompt, chosen, longest, seed)
-        texts = [self._text(ids) for ids in drawn]
-        answers = Answers(self._text(prompt.token_ids), texts, drawn, longest, prompt.reward_inputs)
-        scores = await self.scorer.score(answers)
+        texts = [completion.text for completion in drawn]
+        asked = _decode(self.prepared.tokenizer, prompt.token_ids)
+        scores = await self.scorer.score(Answers.of(asked, drawn, longest, prompt.reward_inputs))
         self.advance()
         return {
             "row": prompt.row,
             "rewards": scores.rewards.tolist(),
             "failed": scores.failed.tolist(),
-            "tokens": [len(ids) for ids in drawn],
+            "tokens": [len(completion.model_tokens) for completion in drawn],
             "answers": [final_answer(text, self.config.eval.answer_pattern) for text in texts],
             "completions": texts,
         }
 
-    def _text(self, token_ids: Sequence[int]) -> str:
-        text: str = self.prepared.tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+
+def _decode(tokenizer: Any, token_ids: Sequence[int] | IntArray) -> str:
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 def _seed(seed: int, number: int) -> int:

@@ -83,7 +83,7 @@ class Evaluator:
             rewards = np.full(task.group_size, self._config.reward.failed_score, dtype=np.float32)
         else:
             rewards = group.rewards
-            self._tokens += len(group.token_ids)
+            self._tokens += int(group.model_lengths.sum())
             self._answers += len(group)
         self._rewards[self._set_of[uid]].append(rewards)
         if self._awaited:

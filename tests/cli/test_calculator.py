@@ -47,3 +47,11 @@ def test_the_model_learns_to_ask_the_calculator(tmp_path: Path) -> None:
     for m in fresh:  # what was sampled in the second turn is what the learner scores there
         assert m["mismatch_ratio_max"] < 1.02
         assert m["mismatch_ratio_p01"] > 0.98
+    evaluation = Service(
+        *(tmp_path, "eval", "--config", str(EXAMPLE / "calculator.toml")),
+        *("--model", "runs/calculator/model", "--out", "measured"),
+    )
+    assert evaluation.wait(200) == 0, evaluation.text
+    [found] = json.loads((tmp_path / "measured/results.json").read_text())["sets"].values()
+    assert found["figures"]["avg@1"]["value"] == summary["accuracy_after"]
+    assert found["tokens_mean"] > 12, "a call and an answer"

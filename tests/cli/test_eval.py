@@ -14,10 +14,12 @@ from rich.console import Console
 
 from aspo.config import AuthConfig, ConfigError, EvalSet
 from aspo.http import ApiError, Server, create_app, listen
+from aspo_actor.completion import Completion
 from aspo_actor.openai_routes import Asked, openai_routes
 from aspo_cli import eval as evaluation
 from aspo_cli.eval_report import Report, SetResult, table_of, write_report
 from aspo_learner.data import Prompt
+from models import char_tokenizer
 from services import Service
 
 
@@ -80,19 +82,20 @@ class Moody:
         self.asked.append(asked)
         if self._refusals:
             raise self._refusals.pop()
-        answer = {"system_fingerprint": "r/1/7..r/1/8", "choices": [{"token_ids": [asked.seed % 5]}]}
+        choice = {"token_ids": [2 + asked.seed % 5], "finish_reason": "length"}
+        answer = {"system_fingerprint": "r/1/7..r/1/8", "choices": [choice]}
         return json.dumps(answer), self.version
 
     async def stream(self, asked: Asked) -> AsyncGenerator[str]:
         yield ""
 
 
-async def drawn(host: Moody) -> tuple[list[list[int]], set[str]]:
+async def drawn(host: Moody) -> tuple[list[Completion], set[str]]:
     app = create_app("actor", auth=AuthConfig(), ready=lambda: None, registry=CollectorRegistry())
     app.include_router(openai_routes(lambda: host))
     with Server(app, listen("127.0.0.1", 0, AuthConfig())) as server:
         async with aiohttp.ClientSession() as session:
-            sampler = evaluation.ActorSampler(session, [server.url], "r")
+            sampler = evaluation.ActorSampler(session, [server.url], "r", char_tokenizer())
             chosen = EvalSet(path="a", k=8, temperature=0.5)
             return await sampler.draw(Prompt([2, 3], {}), chosen, 6, seed=1), sampler.versions
 
@@ -101,6 +104,7 @@ async def test_an_actor_under_repair_is_asked_again_and_each_answer_has_its_seed
     host = Moody(ApiError(503, "engine", "the engine is damaged", "wait"))
     answers, versions = await drawn(host)
     assert len(answers) == 8
+    assert all(answer.text == str(answer.token_ids[0] - 2) for answer in answers)
     assert versions == {"r/1/7", "r/1/8"}
     assert len(host.asked) == 9
     assert len({asked.seed for asked in host.asked}) == 8
@@ -127,6 +131,10 @@ CONFIG = '[model]\npath = "m"\n[data]\npath = "d.jsonl"\n[actor]\nlearner_url = 
         ([], "no held-out set; set eval.path or eval.sets"),
         (["-s", "eval.path=d.jsonl", "-k", "4"], "k is 4, and greedy answers are all the same"),
         (["-s", "eval.path=d.jsonl", "--model", "nowhere"], "no model at nowhere"),
+        (
+            ["-s", "eval.path=d.jsonl", "-s", "environment.function=m:E", "--live"],
+            "single turns, without the environment; leave out --live",
+        ),
         (["-s", "eval.path=d.jsonl", "--live"], "no learner answers at http://127.0.0.1:1"),
         (
             ["-s", "eval.path=d.jsonl", "--actor", "http://127.0.0.1:1"],

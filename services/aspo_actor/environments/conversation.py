@@ -11,11 +11,12 @@ apart by `runs`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import AsyncIterator, Sequence
 
 import numpy as np
 
-from aspo.config import EnvironmentConfig
+from aspo.config import Config, EnvironmentConfig
 from aspo.schemas import FinishReason, FloatArray, Task, VersionSpan
 from aspo_actor.completion import Completion
 from aspo_actor.engine import RolloutEngine
@@ -83,6 +84,34 @@ class Conversations:
             seed=None if task.seed is None else _seed(task.seed, number, talk.turns),
         )
         return turn
+
+
+async def sample_task(
+    engine: RolloutEngine, conversations: Conversations | None, task: Task
+) -> list[Completion]:
+    """A task's completions: conversations where there is an environment, else single turns."""
+    if conversations is not None:
+        return await conversations.hold(task)
+    return await engine.sample(
+        task.prompt_ids,
+        n=task.group_size,
+        max_tokens=task.max_tokens,
+        temperature=task.temperature,
+        seed=task.seed,
+    )
+
+
+@contextlib.asynccontextmanager
+async def conversing(engine: RolloutEngine, config: Config) -> AsyncIterator[Conversations | None]:
+    """Conversations with the config's environment, None where there is none; raises as its `check` does."""
+    environment = config.environment
+    if environment.function is None:
+        yield None
+        return
+    with EnvironmentHost(environment) as host:
+        await host.check()
+        replies = Replies(engine.tokenizer, config.data, environment.role)
+        yield Conversations(engine, host, replies, environment)
 
 
 class _Talk:

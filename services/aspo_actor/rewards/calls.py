@@ -18,6 +18,7 @@ from typing import Any
 
 from aspo.codec import MAX_REWARD
 from aspo.config import CodeConfig, ConfigError, RewardPart
+from aspo_actor.completion import Completion
 from aspo_actor.imports import import_callable
 from aspo_actor.rewards.sandbox import Sandbox, adopt_orphans, reap_orphans
 
@@ -44,6 +45,22 @@ class Answers:
     turns: Sequence[Sequence[str]] = ()
     states: Sequence[Any] = ()
     lost: Sequence[bool] = ()
+
+    @classmethod
+    def of(
+        cls, prompt: str, completions: Sequence[Completion], max_tokens: int, columns: dict[str, Any]
+    ) -> Answers:
+        """What an engine gave for a prompt."""
+        return cls(
+            prompt,
+            [c.text for c in completions],
+            [c.model_tokens.tolist() for c in completions],
+            max_tokens,
+            columns,
+            turns=[c.turns or (c.text,) for c in completions],
+            states=[c.state for c in completions],
+            lost=[c.failed for c in completions],
+        )
 
     def only(self, number: int) -> Answers:
         """The same prompt with one of the completions."""
