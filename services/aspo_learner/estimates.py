@@ -100,11 +100,13 @@ def estimate(values: NDArray[np.float64], k: int, bounds: tuple[float, float] = 
     """The mean of values [P] within `bounds`, each from k answers, and its interval."""
     low, high = bounds
     mean = float(values.mean())
-    share, error = (mean - low) / (high - low), float(values.var()) / (high - low) ** 2 / len(values)
+    share = min(1.0, max(0.0, (mean - low) / (high - low)))
+    spread, error = share * (1 - share), float(values.var()) / (high - low) ** 2 / len(values)
     # No more than there were answers; where all prompts are alike, as many as prompts.
-    draws = min(share * (1 - share) / error, len(values) * k) if error else len(values)
+    draws = min(spread / error, len(values) * k) if spread and error else len(values)
     below, above = wilson(share, draws)
-    return Estimate(mean, low + below * (high - low), low + above * (high - low))
+    # The interval holds the mean, but for rounding: where all is right it would end just below 1.
+    return Estimate(mean, min(mean, low + below * (high - low)), max(mean, low + above * (high - low)))
 
 
 def wilson(share: float, draws: float) -> tuple[float, float]:

@@ -102,3 +102,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say(prompts: int, k: int, sp
     values = (rng.random((3000, prompts, k)) < chance).mean(axis=2)
     covered = np.mean([found.low <= 0.8 <= found.high for found in (estimate(row, k) for row in values)])
     assert 0.93 <= covered <= 0.98, covered
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (-0.3, 1.7)])
+def test_an_interval_holds_its_mean_whatever_the_rounding(bounds: tuple[float, float]) -> None:
+    for prompts in range(1, 200):
+        for value in bounds:
+            found = estimate(np.full(prompts, value), 1, bounds)
+            assert found.low <= found.value <= found.high
