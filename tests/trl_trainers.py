@@ -71,7 +71,7 @@ def main(model: str, folder: Path) -> None:
         moved = (ours - start).norm().item()
         answer[name] = {
             "apart": (ours - theirs).norm().item() / moved,
-            "ratios": [entry["aspo/ratio_p99"] for entry in logs if "aspo/ratio_p99" in entry],
+            "moved": moved,
             "spread": [entry["aspo/approx_kl_k3"] for entry in logs if "aspo/approx_kl_k3" in entry],
             "logged": sorted({key for entry in logs for key in entry}),
         }

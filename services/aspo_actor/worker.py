@@ -16,6 +16,7 @@ from aspo.codec import encode_group
 from aspo.config import Config
 from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
+from aspo.tracing import Traces
 from aspo_actor.completion import Completion
 from aspo_actor.engine import EngineError, RolloutEngine
 from aspo_actor.environments.conversation import Conversations, sample_task
@@ -48,6 +49,7 @@ class Worker:
         self._tasks = TaskQueue(client, config.run.name, lease_s=config.redis.task_lease_s)
         self._writer = RolloutWriter(client, config.run.name, actor, stamp=stamp)
         self._lease_s = config.redis.task_lease_s
+        self._traces = Traces(config, "actor", actor)
         self._group_size = config.sampling.group_size
         self._max_samples = config.actor.max_samples or config.actor.engine.max_num_seqs + self._group_size
         self._store_lock = asyncio.Lock()
@@ -128,7 +130,7 @@ class Worker:
             del self._claims[job]
 
     async def _do(self, claim: Claim) -> None:
-        task = claim.task
+        task, claimed = claim.task, time.monotonic()
         if task.min_version is not None:
             await self._sync.wait_for(task.min_version)
         try:
@@ -138,12 +140,16 @@ class Worker:
                 raise
             await asyncio.to_thread(self._hand_back, [claim])
             return
+        sampled = time.monotonic()
         self._count(completions)
         prompt = self._engine.text_of(task.prompt_ids)
         answers = Answers.of(prompt, completions, task.max_tokens, task.reward_inputs)
         scores = await self._scorer.score(answers)
+        scored = time.monotonic()
         group = assemble(task, self._actor, completions, scores)
         await self._store(claim, encode_group(group))
+        times = {"claimed": claimed, "sampled": sampled, "scored": scored, "stored": time.monotonic()}
+        self._traces.answered(task.uid, **times, tokens=len(group.token_ids), purpose=task.purpose)
         self.groups += 1
         if self.on_group is not None:
             await self.on_group(group)

@@ -25,6 +25,7 @@ from aspo.presence import ActorStatus, Attendance, present
 from aspo.queue import OUTAGE_S, RolloutReader, TaskQueue, connect, fault_of
 from aspo.schemas import FloatArray, PolicyVersion, RolloutGroup
 from aspo.telemetry import LEARNER_METRICS, Gauges
+from aspo.tracing import Traces
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
@@ -92,7 +93,7 @@ class Learner:
             fence.folder / "checkpoints", keep=config.learner.keep_checkpoints, ranks=self._ranks
         )
         self._gauges = Gauges("learner", LEARNER_METRICS)
-        self._history = RunHistory(config)
+        self._history, self._traces = RunHistory(config), Traces(config, "learner")
         self.step, self._phase = 0, "starting"
         self._checkpoint_seconds = 0.0
         self._disk_trouble: str | None = None
@@ -283,6 +284,7 @@ class Learner:
         trained = time.monotonic()
         reach("step.trained")
         self.step += 1
+        self._traces.trained((group.uid for group in groups), self._current, taken=taken, trained=trained)
         self._publish_if_due()
         self._dispatch()
         metrics |= self._publisher.metrics | {
@@ -406,9 +408,8 @@ class Learner:
             self._listen()
 
     def _new_publisher(self) -> Publisher:
-        return Publisher(
-            self._store, self.policy, self.config.run.name, self._fence.epoch, self.releases.stored
-        )
+        stored = self._traces.after(self.releases.stored)
+        return Publisher(self._store, self.policy, self.config.run.name, self._fence.epoch, stored)
 
     def _continue_from(self, version: PolicyVersion) -> None:
         """Take a version's weights up again, as an operator asked, under a new epoch and a new optimizer."""

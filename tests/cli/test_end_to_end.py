@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,8 +58,9 @@ def url(project: Path) -> str:
 @pytest.fixture(scope="module")
 def finished(project: Path, url: str) -> Iterator[tuple[Service, Service, Path]]:
     """A finished run: its ended learner, its living actor, and a version exported on the way."""
-    learner = Service(project, "learner", "--config", "my.toml", "--set", f"learner.steps={STEPS}")
-    actor = Service(project, "actor", "--config", "my.toml")
+    traced = ("--set", "trackers.traces=file", "--set", "trackers.traces_share=1.0")
+    learner = Service(project, "learner", "--config", "my.toml", "--set", f"learner.steps={STEPS}", *traced)
+    actor = Service(project, "actor", "--config", "my.toml", *traced)
     try:
         wait_until(lambda: step_of(url) >= 2, 200, (learner, actor))
         post(f"{url}/v1/pause")  # lest the run end before the export has begun
@@ -96,6 +98,20 @@ def test_the_policy_learns_and_the_data_is_stale(
     settings = json.loads((project / "runs/sevens/config.json").read_text())
     assert settings["run.name"]["value"] == "sevens"
     assert '"aspo_learner.learner"' in (project / "runs/sevens/events.jsonl").read_text()
+
+
+def test_a_trace_leads_from_the_actor_to_the_published_version(
+    finished: tuple[Service, Service, Path], project: Path
+) -> None:
+    def whole_traces() -> list[set[str]]:
+        names: dict[str, set[str]] = defaultdict(set)
+        for path in (project / "runs/sevens/traces").iterdir():
+            for line in path.read_text().splitlines():
+                span = json.loads(line)
+                names[span["context"]["trace_id"]].add(span["name"])
+        return [found for found in names.values() if {"task", "sample", "score", "train", "publish"} <= found]
+
+    wait_until(lambda: len(whole_traces()) >= STEPS * 4, 30, (finished[1],))
 
 
 def test_sets_are_mixed_and_the_parts_of_the_reward_are_told(

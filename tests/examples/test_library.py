@@ -68,6 +68,7 @@ def test_trl_trains_by_aspo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
+    assert told["on_policy"]["moved"] > 1e-3
     assert told["on_policy"]["apart"] < 1e-4  # at ratio 1 both are plain policy gradient
     assert max(told["on_policy"]["spread"]) < 1e-9
     assert told["off_policy"]["apart"] > 1e-3
