@@ -20,7 +20,7 @@ class TrainingSequence:
 
     Shapes: prompt_ids [P]; completion_ids, behavior_logprobs, weights, lags [C]. A token of weight 0, as all
     of an environment's are, is context and no more: it is neither scored nor counted. A lag is how many
-    versions old a token's policy is.
+    versions old a token's policy is. `group` and `sample` are its place in the batch.
     """
 
     prompt_ids: IntArray
@@ -30,6 +30,7 @@ class TrainingSequence:
     lags: IntArray
     advantage: float
     group: int
+    sample: int
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -94,6 +95,7 @@ def sequences_of(
                 lags[part],
                 float(advantage),
                 number,
+                i,
             )
 
 
@@ -120,7 +122,7 @@ def micro_batches(
 def _nothing() -> TrainingSequence:
     """A sequence without a token to train on, for a rank that must take part in a pass all the same."""
     token, weight = np.zeros(1, dtype=np.int32), np.zeros(1, dtype=np.float32)
-    return TrainingSequence(token, token, weight, weight, token, 0.0, -1)
+    return TrainingSequence(token, token, weight, weight, token, 0.0, -1, 0)
 
 
 def equal_parts(lengths: Sequence[int], max_tokens: int, multiple: int = 1) -> list[list[int]]:

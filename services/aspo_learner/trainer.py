@@ -34,6 +34,7 @@ from aspo_learner.phases import Phases
 from aspo_learner.policy import Policy
 from aspo_learner.ranks import Forget, Ranks, Resume, Train
 from aspo_learner.sharding import sum_over_copies
+from aspo_learner.traces import TokenTrace, Tracer
 
 log = logging.getLogger(__name__)
 INERT_RATIO = 1e-6
@@ -53,6 +54,7 @@ class Trainer:
         self._reference = policy.reference() if config.loss.kl_coefficient > 0 else None
         self.updater = Updater(policy.trained(), config.learner)
         self._random = np.random.default_rng([config.run.seed, 1])
+        self.traces: dict[tuple[str, int], TokenTrace] = {}
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -68,23 +70,25 @@ class Trainer:
         """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted.
 
         `weights` and `lags` hold each group's token weights and lags [sum(lengths)], see `staleness`; None is
-        1 and 0 for all. Of several ranks each trains on its share, and rank 0 reports on the whole. Raises
+        1 and 0 for all. Of several ranks each trains on its share, and rank 0 reports on the whole. `traces`
+        then holds some of the completions' tokens, by their group's uid and number in it. Raises
         DivergedError after too many gradients in a row that are not finite.
         """
         if self._ranks.size > 1:
             self._ranks.announce(_order(groups, weights, lags))
         with self.phases("advantages"):
             sequences, informative = self._sequences(groups, weights, lags)
-        report = _StepReport()
+        report = _StepReport(Tracer(sequences))
         if sequences:
             proximal = self._proximal(sequences)
-            for mini_batch in self._mini_batches(sequences, informative):
+            for mini_batch in self._mini_batches(sequences, len(informative)):
                 self._update(sequences, mini_batch, proximal, report)
         if self._ranks.size > 1:
-            report = report.joined(self._ranks)
+            report = report.joined(self._ranks, Tracer(sequences))
         with self.phases("metrics"):
+            self.traces = report.tracer.traces(informative)
             metrics = report.summary() | {
-                "uninformative_fraction": 1 - informative / max(1, len(groups)),
+                "uninformative_fraction": 1 - len(informative) / max(1, len(groups)),
                 "learning_rate": self.updater.learning_rate(),
                 "skipped_updates": float(self.updater.skipped),
             }
@@ -98,8 +102,8 @@ class Trainer:
         groups: Sequence[RolloutGroup],
         weights: Sequence[FloatArray] | None,
         lags: Sequence[IntArray] | None,
-    ) -> tuple[list[TrainingSequence], int]:
-        """What is trained on, with its advantages, and of how many groups it is."""
+    ) -> tuple[list[TrainingSequence], list[str]]:
+        """What is trained on, with its advantages, and the uids of the groups that it is of."""
         none: list[Any] = [None] * len(groups)
         advantages = batch_advantages([torch.tensor(group.rewards) for group in groups], self._estimator)
         informative = [
@@ -112,7 +116,7 @@ class Trainer:
             for number, (group, own, weight, lag) in enumerate(informative)
             for sequence in sequences_of(group, own, number, weight, lag)
         ]
-        return sequences, len(informative)
+        return sequences, [group.uid for group, *_ in informative]
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold beside weights and optimizer tensors."""
@@ -206,7 +210,9 @@ class Trainer:
             logprobs, entropy = self.policy.score(batch, self._temperature)
             reference = self._score_reference(batch)
         with self.phases("loss"):
-            loss, metrics, old, correction = self._loss_of(batch, logprobs, entropy, proximal, normalizer)
+            loss, metrics, old, correction = self._loss_of(
+                batch, logprobs, entropy, proximal, normalizer, report.tracer
+            )
             if reference is not None:
                 loss = loss + self._kl_term(batch, logprobs, reference, normalizer, metrics)
         with self.phases("metrics"):
@@ -220,6 +226,7 @@ class Trainer:
         entropy: Tensor,
         proximal: list[Tensor] | None,
         normalizer: float,
+        tracer: Tracer,
     ) -> tuple[Tensor, losses.Metrics, Tensor, Tensor | None]:
         """The loss and its metrics, and the old log-probs and corrections [B, T] that went into it."""
         old, correction = batch.behavior_logprobs, None
@@ -238,6 +245,7 @@ class Trainer:
             options["clip_low_entropy_mask"] = losses.entropy_split_mask(entropy, batch.mask)
         loss, metrics = self._loss(logprobs, old, batch.advantages, batch.mask, **options)
         metrics["entropy"] = losses.Mean(entropy.sum(), batch.mask.sum())
+        tracer.add(self._loss, logprobs.detach(), old, batch, options)
         return loss, metrics, old, correction
 
     @staticmethod
@@ -300,7 +308,8 @@ def build_loss(config: LossConfig) -> losses.Loss:
 class _StepReport:
     """Gathers one step's metrics with global numerators and denominators."""
 
-    def __init__(self) -> None:
+    def __init__(self, tracer: Tracer) -> None:
+        self.tracer = tracer
         self._means: list[losses.Metrics] = []
         self._update_losses: list[float] = [0.0]
         self._norms: list[float] = []
@@ -330,15 +339,15 @@ class _StepReport:
         self._norms.append(norm)
         self._update_losses.append(0.0)
 
-    def joined(self, ranks: Ranks) -> _StepReport:
+    def joined(self, ranks: Ranks, tracer: Tracer) -> _StepReport:
         """The report on all ranks' shares; an empty one at all but rank 0."""
         means = {
             name: (float(mean.numerator), float(mean.denominator))
             for name, mean in losses.merge_metrics(self._means).items()
         }
         tokens = [_content(part) for part in (self._log_ratios, self._corrections, self._mismatch)]
-        share = _Share(means, self._update_losses, self._norms, *tokens)
-        whole = _StepReport()
+        share = _Share(means, self._update_losses, self._norms, self.tracer.encoded(), *tokens)
+        whole = _StepReport(tracer)
         for reply in ranks.gather(msgspec.msgpack.encode(share)):
             whole._take(msgspec.msgpack.decode(reply, type=_Share))
         return whole
@@ -348,6 +357,7 @@ class _StepReport:
         before = self._update_losses if self._norms else [0.0] * len(share.update_losses)
         self._update_losses = [a + b for a, b in zip(before, share.update_losses, strict=True)]
         self._norms = share.norms
+        self.tracer.take(share.traces)
         for mine, theirs in (
             (self._log_ratios, share.log_ratios),
             (self._corrections, share.corrections),
@@ -387,6 +397,7 @@ class _Share(msgspec.Struct, frozen=True):
     means: dict[str, tuple[float, float]]
     update_losses: list[float]
     norms: list[float]
+    traces: dict[int, bytes]
     log_ratios: bytes
     corrections: bytes
     mismatch: bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -46,7 +47,8 @@ def prepare(folder: Path, *, tied: bool) -> Path:
     for number, batch in enumerate(BATCHES):
         (folder / f"batch-{number}").mkdir()
         for size, seed in batch:
-            group = make_group(model, size=size, seed=seed, rewards=[float(i == 1) for i in range(size)])
+            rewards, uid = [float(i == 1) for i in range(size)], f"test:train:{seed}"
+            group = make_group(model, uid=uid, size=size, seed=seed, rewards=rewards)
             (folder / f"batch-{number}" / f"{seed}").write_bytes(encode_group(group))
     return folder / "config.toml"
 
@@ -59,6 +61,9 @@ def train(config: Config, folder: Path, out: Path) -> None:
     for number in range(len(BATCHES)):
         files = sorted((folder / f"batch-{number}").iterdir())
         figures.append(trainer.train_step([decode_group(file.read_bytes()) for file in files]))
+        for (uid, sample), trace in trainer.traces.items():
+            figures[-1][f"trace {uid} {sample}"] = float(np.sum(trace.logprobs + trace.weights))
+        assert len(trainer.traces) == sum(size for size, _ in BATCHES[number]) or ranks.rank
     leave(trainer, out)
     check_that_broken_weights_are_skipped_and_others_taken(trainer, files, weights_of(out))
     (out / "figures.json").write_text(json.dumps(figures))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -113,6 +114,47 @@ def test_training_raises_the_probability_of_rewarded_completions(
     assert np.mean(better) > np.mean(worse)
     assert metrics["updates"] == 2 * trainer._config.epochs
     assert np.isfinite(list(metrics.values())).all()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "negative", "positive"),
+    [
+        ([], [1.1, 0.9, 0.0, 3.0], [1 / 1.1, 1 / 0.9, 2.0, 0.0]),
+        (["loss.name=ratio"], [1.1, 0.9, 0.0, 3.0], [1.1, 0.9, 0.5, 0.0]),
+        (["loss.aggregation=seq-mean-token-mean"], [1.1, 0.9, 0.0, 3.0], [1 / 1.1, 1 / 0.9, 2.0, 0.0]),
+        (["loss.name=cispo"], [1.1, 0.9, 0.5, 4.0], [1.1, 0.9, 0.5, 4.0]),
+    ],
+)
+def test_traces_tell_each_tokens_log_prob_and_weight(
+    small_model: Path, tmp_path: Path, overrides: Sequence[str], negative: list[float], positive: list[float]
+) -> None:
+    """Against the closed form, of ratios that are known: 1.1, 0.9, 0.5 and 4 by turns."""
+    overrides = [*overrides, "learner.mini_batch_prompts=4", "learner.micro_batch_tokens=20"]
+    trainer = make_trainer(write_config(tmp_path, model=small_model, overrides=overrides))
+    groups, expected = [], {}
+    for seed in range(5):
+        group = make_group(trainer.policy.model, uid=f"test:train:{seed}", seed=seed)
+        turns = np.arange(len(group.token_ids)) % 4
+        shift = np.log([1.1, 0.9, 0.5, 4.0]).astype(np.float32)[turns]
+        groups.append(dataclasses.replace(group, behavior_logprobs=group.behavior_logprobs - shift))
+        by_sign = np.array([negative, positive])[
+            np.repeat((group.rewards > 0).astype(int), group.lengths), turns
+        ]
+        for sample, (start, stop) in enumerate(itertools.pairwise(group.offsets)):
+            expected[group.uid, sample] = group.behavior_logprobs[start:stop], by_sign[start:stop]
+    ignored = np.ones(len(groups[0].token_ids), dtype=np.float32)
+    ignored[-1] = 0.0
+    expected[groups[0].uid, 3][1][-1] = np.nan
+    assert groups[0].lengths[3] > 1
+    trainer.train_step(groups, [ignored, *[np.ones_like(g.behavior_logprobs) for g in groups[1:]]])
+    assert trainer.traces.keys() == {key for key in expected if key[0] != groups[4].uid}, "four groups"
+    for key, trace in trainer.traces.items():
+        logprobs, weights = expected[key]
+        trained = ~np.isnan(weights)
+        np.testing.assert_allclose(trace.weights, weights, rtol=1e-3)
+        np.testing.assert_allclose(trace.logprobs[trained], logprobs[trained], atol=1e-4)
+        assert np.isnan(trace.logprobs[~trained]).all()
+        assert trace.advantage == pytest.approx(0.866 * (1 if key[1] % 2 else -1), abs=0.2)
 
 
 def rescore(trainer: Trainer, group: object) -> np.ndarray:
