@@ -191,6 +191,7 @@ class Trainer:
         report: _StepReport,
     ) -> None:
         """One optimizer update; the loss is normalised over the mini-batch, whatever the micro-batches."""
+        report.tracer.choose(indices)
         tokens = float(sum(sequences[i].trained_tokens for i in indices))
         by_token = inspect.signature(self._loss).parameters["aggregation"].default == "token-mean"
         for batch, following in pairwise(chain(self._split(sequences, indices), [None])):
