@@ -23,6 +23,7 @@ from aspo.telemetry import ACTOR_METRICS, LEARNER_METRICS, Gauges
 from aspo.weights.blobs import BlobStore
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
+from aspo_learner.live import Live
 from edges import Edge, Object, Peer, allowed, selects
 
 OLDEST_KUBERNETES = "1.29"  # the first whose ReadWriteOncePod is stable
@@ -129,9 +130,14 @@ def check_selectors(objects: list[Object]) -> Iterator[str]:
 @functools.cache
 def routes(folder: Path) -> dict[str, dict[str, Object]]:
     """The paths of each service's OpenAPI document; `folder` is scratch."""
-    auth, stub = AuthConfig(), SimpleNamespace(not_ready=lambda: None)
+    auth, stub = AuthConfig(), SimpleNamespace(not_ready=lambda: None, status=None)
     learner = aspo_learner.app.build_app(
-        stub, WeightStore(folder / "learner"), Leases(), Gauges("learner", LEARNER_METRICS), auth
+        stub,
+        WeightStore(folder / "learner"),
+        Leases(),
+        Gauges("learner", LEARNER_METRICS),
+        auth,
+        Live("r", list, None),
     )
     actor = aspo_actor.app.build_app(stub, BlobStore(folder / "actor"), Gauges("actor", ACTOR_METRICS), auth)
     return {"learner": learner.openapi()["paths"], "actor": actor.openapi()["paths"]}

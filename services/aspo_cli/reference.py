@@ -162,6 +162,7 @@ def _apps() -> dict[str, Any]:
     from aspo.weights.blobs import BlobStore
     from aspo.weights.leases import Leases
     from aspo.weights.store import WeightStore
+    from aspo_learner.live import Live
     from aspo_learner.releases import Releases
 
     nothing: Any = type("Nothing", (), {"not_ready": lambda: None})
@@ -171,7 +172,7 @@ def _apps() -> dict[str, Any]:
         learner = Gauges("learner", LEARNER_METRICS), AuthConfig()
         actor = Gauges("actor", ACTOR_METRICS), AuthConfig()
         return {
-            "Learner": aspo_learner.app.build_app(nothing, store, leases, *learner),
+            "Learner": aspo_learner.app.build_app(nothing, store, leases, *learner, Live("", list, None)),
             "Actor": aspo_actor.app.build_app(nothing, BlobStore(Path(folder) / "blobs"), *actor),
         }
 

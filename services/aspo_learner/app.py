@@ -1,4 +1,4 @@
-"""The learner's HTTP face: probes, status, weights, and the operator's verbs."""
+"""The learner's HTTP face: probes, status, the live page, weights, and the operator's verbs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from aspo.telemetry import Gauges
 from aspo.weights.leases import Leases
 from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
+from aspo_learner.live import Live, live_routes, page_routes
 from aspo_learner.releases import Releases, TrialReport
 
 
@@ -98,13 +99,15 @@ class Rollback(BaseModel):
 
 
 def build_app(
-    learner: Observed, store: WeightStore, leases: Leases, gauges: Gauges, auth: AuthConfig
+    learner: Observed, store: WeightStore, leases: Leases, gauges: Gauges, auth: AuthConfig, live: Live
 ) -> FastAPI:
     """Make the learner's app."""
     app = create_app("learner", auth=auth, ready=learner.not_ready, registry=gauges.registry)
     app.include_router(_release_routes(learner, store))
     app.include_router(weight_routes(store, leases), dependencies=[Depends(_require_sure(learner))])
     app.include_router(blob_routes(store.blobs))
+    app.include_router(live_routes(live, lambda: learner.status()))
+    app.include_router(page_routes())
     operator = [require(Scope.OPERATOR)]
 
     @app.get("/v1/status", dependencies=[require(Scope.READER)], tags=["status"])

@@ -47,11 +47,12 @@ class Asker(Protocol):
 class Intake:
     """Turns deliveries into batches of fresh, valid, unseen rollout groups.
 
-    `on_eval` gets the groups of evaluation tasks; `ended` counts, by reason, the groups not trained on. Of a
-    task's answers the first counts, unless `chosen` names the entry of another; `taken` names those of the
-    batch given last. With `refill`, groups that teach nothing are dropped for others, up to so many batches
-    of them for one. `altered` is set when a rollout no longer matched its digest, whose task is to be asked
-    again: once, for a second such answer ends it as any unusable one does.
+    `on_eval` gets the groups of evaluation tasks, `on_set_aside` actor, uid and reason of the unusable;
+    `ended` counts, by reason, the groups not trained on. Of a task's answers the first counts, unless
+    `chosen` names the entry of another; `taken` names those of the batch given last. With `refill`, groups
+    that teach nothing are dropped for others, up to so many batches of them for one. `altered` is set when a
+    rollout no longer matched its digest, whose task is to be asked again: once, for a second such answer ends
+    it as any unusable one does.
     """
 
     def __init__(
@@ -64,11 +65,13 @@ class Intake:
         *,
         on_eval: Callable[[RolloutGroup], None],
         on_lost_eval: Callable[[str], None] = lambda uid: None,
+        on_set_aside: Callable[[str, str, str], None] = lambda actor, uid, reason: None,
         refill: int = 0,
     ) -> None:
         self._reader, self._ledger, self._asker, self.limits = reader, ledger, asker, limits
         self.staleness = staleness
         self._on_eval, self._on_lost_eval = on_eval, on_lost_eval
+        self._on_set_aside = on_set_aside
         self._seen: set[tuple[bytes, bytes]] = set()
         self._ready: deque[tuple[int, RolloutGroup]] = deque()
         self._held: set[int] = set()
@@ -250,6 +253,7 @@ class Intake:
         log.warning("quarantined a rollout from %s: %s", delivery.stream.decode(errors="replace"), reason)
         self._reader.quarantine(delivery, reason, max_bytes=self.limits.max_entry_bytes)
         self.ended[code] += 1
+        self._on_set_aside(delivery.actor, delivery.uid, reason)
         self._done.append(delivery)
         index = task_index(delivery.uid, self.limits.run, "train")
         if index is not None and index not in self._held and index < self._asker.cursor:

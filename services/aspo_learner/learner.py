@@ -37,6 +37,7 @@ from aspo_learner.groups import describe_groups, mask_truncated
 from aspo_learner.intake import Intake, Limits
 from aspo_learner.journal import Journal
 from aspo_learner.ledger import Ledger
+from aspo_learner.live import Live
 from aspo_learner.optimizer import DivergedError
 from aspo_learner.order import Prompts
 from aspo_learner.outages import Outages
@@ -94,8 +95,8 @@ class Learner:
         )
         self._gauges = Gauges("learner", LEARNER_METRICS)
         self._history, self._traces = RunHistory(config), Traces(config, "learner")
-        self.step, self._phase = 0, "starting"
-        self._checkpoint_seconds = 0.0
+        self.live = Live(config.run.name, lambda: self._history.steps, self.policy.tokenizer)
+        self.step, self._phase, self._checkpoint_seconds = 0, "starting", 0.0
         self._disk_trouble: str | None = None
         self._ledger, cursor = self._restore()
         self._publisher = self._new_publisher()
@@ -103,7 +104,7 @@ class Learner:
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
-        app = build_app(self, self._store, self.leases, self._gauges, self.config.auth)
+        app = build_app(self, self._store, self.leases, self._gauges, self.config.auth, self.live)
         with self._place.serve(app) as server:
             log.info("learner of run %s serves on %s", self.config.run.name, server.url)
             self._planner.resume(self._current)
@@ -228,16 +229,16 @@ class Learner:
             decay=config.learner.staleness_decay,
             branch=self.step,
         )
-        reader = RolloutReader(self._redis, config.run.name, fence=self._fence)
-        self._reader = reader
+        self._reader = RolloutReader(self._redis, config.run.name, fence=self._fence)
         self._intake = Intake(
-            reader,
+            self._reader,
             self._ledger,
             self._dispatcher,
             limits,
             staleness,
             on_eval=lambda group: self._on_evaluated(group.uid, group),
             on_lost_eval=self._on_evaluated,
+            on_set_aside=self.live.set_aside,
             refill=config.groups.refill,
         )
         self._outages = Outages(
@@ -285,6 +286,7 @@ class Learner:
         reach("step.trained")
         self.step += 1
         self._traces.trained((group.uid for group in groups), self._current, taken=taken, trained=trained)
+        self.live.samples.keep(self.step, groups, self.trainer.traces)
         self._publish_if_due()
         self._dispatch()
         metrics |= self._publisher.metrics | {

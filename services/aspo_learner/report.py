@@ -53,6 +53,11 @@ class RunHistory:
         self._earlier_seconds = 0.0
 
     @property
+    def steps(self) -> Sequence[Mapping[str, float]]:
+        """The figures of the steps so far; it grows."""
+        return self._steps
+
+    @property
     def seconds(self) -> float:
         """Wall-clock time of the run, restarts included, in seconds."""
         return self._earlier_seconds + time.monotonic() - self._started

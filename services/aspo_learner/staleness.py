@@ -109,9 +109,17 @@ def describe_staleness(
     return {
         "staleness_mean": float(np.mean(staleness)),
         "staleness_max": float(max(staleness)),
+        **_histogram(rule, staleness),
         "stale_groups_dropped": float(len(dropped)),
         "stale_tokens_masked": float((tokens == 0).sum()),
         "stale_tokens_decayed": float(((tokens > 0) & (tokens < 1)).sum()),
         "response_length_arrived": arrived,
         "response_length_bias": trained / arrived - 1,
     }
+
+
+def _histogram(rule: StalenessRule, staleness: Sequence[int]) -> dict[str, float]:
+    """How many groups lag by how many versions; those beyond the bound together."""
+    lags = range(rule.max_staleness + 1)
+    counts = {f"staleness_groups/{lag}": float(staleness.count(lag)) for lag in lags}
+    return counts | {"staleness_groups/more": float(sum(lag > rule.max_staleness for lag in staleness))}

@@ -62,6 +62,7 @@ LEARNER_METRICS = {
     "correction_ess_fraction": "Effective sample size of the behaviour correction, as a share of the tokens",
     "staleness_mean": "Mean versions by which the batch's groups lag",
     "staleness_max": "Largest lag of a group in the batch, versions",
+    "staleness_groups/lag": "Groups of the batch by how many versions they lag; more is beyond max_staleness",
     "stale_groups_dropped": "Groups dropped for staleness since the batch before",
     "stale_tokens_masked": "Tokens of the batch masked for staleness",
     "stale_tokens_decayed": "Tokens of the batch whose weight was decayed for staleness",

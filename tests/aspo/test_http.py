@@ -24,13 +24,16 @@ from aspo.weights.blobs import BlobStore
 from aspo.weights.leases import Leases
 from aspo.weights.relay import Relay
 from aspo.weights.store import WeightStore
+from aspo_learner.live import Live
 from aspo_learner.releases import Releases
 from versions import FILES, tensors, version
 
 AUTH = AuthConfig(
     reader_token=SecretStr("reader"), actor_token=SecretStr("actor"), operator_token=SecretStr("operator")
 )
-PUBLIC = {"/livez", "/readyz", "/metrics"}
+PROBES = {"/livez", "/readyz", "/metrics"}
+# The page itself: a browser sends no token with what is typed into its address bar, and it holds no data.
+PAGE = {"/", "/page/{name:path}"}
 
 
 class StubLearner:
@@ -67,7 +70,7 @@ class StubActor:
 def learner_app(learner: StubLearner, store: WeightStore) -> FastAPI:
     gauges, leases = Gauges("learner", LEARNER_METRICS), Leases()
     learner.releases = Releases(store, leases, CanaryConfig())
-    return aspo_learner.app.build_app(learner, store, leases, gauges, AUTH)
+    return aspo_learner.app.build_app(learner, store, leases, gauges, AUTH, Live("r", list, None))
 
 
 def relay_app(folder: Path) -> FastAPI:
@@ -103,7 +106,8 @@ def call(url: str, method: str = "GET", token: str | None = None, body: object =
     request = urllib.request.Request(url, data=data, method=method, headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=10) as response:
-            return response.status, response.read().decode()
+            stream = response.headers["content-type"].startswith("text/event-stream")  # it has no end
+            return response.status, (response.readline() if stream else response.read()).decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
 
@@ -117,7 +121,8 @@ def routes_of(app: FastAPI) -> list[tuple[str, str]]:
 
 def least_scope(method: str, path: str) -> Scope:
     """The least of the scopes that may call a route; what is not listed is for operators alone."""
-    readers = ("/v1/status", "/v1/weights", "/docs", "/openapi.json", "/v1/models")
+    readers = ["/v1/status", "/v1/weights", "/docs", "/openapi.json", "/v1/models"]
+    readers += ["/v1/events", "/v1/history", "/v1/rollouts", "/v1/rollouts/{number}", "/v1/quarantine"]
     if path in (*readers, "/v1/completions", "/v1/chat/completions"):
         return Scope.READER
     if path.endswith("/report") or (method == "GET" and path.startswith(("/v1/weights/", "/v1/blobs/"))):
@@ -126,15 +131,18 @@ def least_scope(method: str, path: str) -> Scope:
 
 
 @pytest.mark.parametrize("service", ["learner", "actor", "relay"])
-def test_every_route_but_the_probes_wants_a_token_of_its_scope(service: str, tmp_path: Path) -> None:
+def test_every_route_but_the_probes_and_the_page_wants_a_token_of_its_scope(
+    service: str, tmp_path: Path
+) -> None:
     app = APPS[service](tmp_path)
     ranks = {"reader": 0, "actor": 1, "operator": 2}
     with Server(app, listen("127.0.0.1", 0, AUTH)) as server:
         routes = routes_of(app)
-        assert {path for _, path in routes} > PUBLIC
+        open_ones = PROBES | (PAGE if service == "learner" else set())
+        assert {path for _, path in routes} > open_ones
         for method, path in routes:
-            if path in PUBLIC:
-                assert call(server.url + path, method)[0] in (200, 503)
+            if path in open_ones:
+                assert call(server.url + path.replace("{name:path}", "page.css"), method)[0] in (200, 503)
                 continue
             scope = least_scope(method, path)
             refused = {None: 401, "": 401, "wrong": 403}

@@ -22,6 +22,7 @@ from aspo.weights.blobs import BlobStore
 from aspo.weights.leases import Leases
 from aspo.weights.store import WeightStore
 from aspo_actor.openai_routes import Asked
+from aspo_learner.live import Live
 from aspo_learner.releases import Releases
 from versions import FILES, tensors, version
 
@@ -82,7 +83,9 @@ def learner_app(folder: Path) -> FastAPI:
     for step in range(2):
         store.put(version(step), tensors(step), FILES)
     learner = Learner(store, leases)
-    return aspo_learner.app.build_app(learner, store, leases, Gauges("learner", LEARNER_METRICS), AUTH)
+    return aspo_learner.app.build_app(
+        learner, store, leases, Gauges("learner", LEARNER_METRICS), AUTH, Live("r", list, None)
+    )
 
 
 def actor_app(folder: Path) -> FastAPI:
@@ -96,6 +99,7 @@ def test_every_answer_is_as_the_document_says(make: Callable[[Path], FastAPI], t
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json"]
         command += ["--header", "Authorization: Bearer operator", "--checks", CHECKS, "--seed", "1"]
         command += ["--phases", "examples,coverage,fuzzing", "--max-examples", "10", "--no-color"]
+        command += ["--exclude-path", "/v1/events"]  # it does not end
         command += ["--request-timeout", "70", "--generation-database", "none", "--continue-on-failure"]
         found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr
