@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import json
 import random
 import statistics
@@ -165,7 +166,8 @@ def measure(folder: Path, rounds: int, steps: int) -> dict[str, Any]:
     problems = folder / "problems"
     problems.mkdir()
     demo_model.write_problems(problems, seed=0)
-    demo_model.make_model(problems / "initial-model", 0, lambda step, loss: None, steps=0)
+    recipe = dataclasses.replace(demo_model.DEMO, steps=0)  # it is never sampled from
+    demo_model.make_model(problems / "initial-model", 0, lambda step, loss: None, recipe)
     latency_s = run(folder / "pace", problems, None, 0.0, steps)
     seconds: dict[str, list[float]] = {"asynchronous": [], "synchronous": []}
     for number in range(rounds):

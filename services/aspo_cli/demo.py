@@ -170,13 +170,13 @@ def _prepare(folder: Path, seed: int, console: Console) -> None:
         writing = progress.add_task("Writing problems", total=1)
         demo_model.write_problems(folder, seed)
         progress.advance(writing)
-        warming = progress.add_task("Warm-starting a 0.7 M Qwen3", total=demo_model.WARM_STEPS)
+        warming = progress.add_task("Warm-starting a 0.7 M Qwen3", total=demo_model.DEMO.steps)
 
         def on_step(step: int, loss: float) -> None:
             progress.update(warming, completed=step, description=f"Warm-starting a Qwen3, loss {loss:.3f}")
 
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            demo_model.make_model(Path(unfinished) / "model", seed, on_step)
+            demo_model.make_model(Path(unfinished) / "model", seed, on_step, demo_model.DEMO)
             (Path(unfinished) / "model").rename(folder / "initial-model")
 
 

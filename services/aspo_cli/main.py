@@ -12,7 +12,7 @@ import typer
 from aspo.config import ConfigError
 from aspo.errors import AspoError
 from aspo.text import printable
-from aspo_cli import quarantine, settings, weights
+from aspo_cli import quarantine, settings, study, weights
 from aspo_cli.options import DEFAULT_LEARNER, ConfigPath, Json, LearnerUrl, Overrides, Token
 
 INTERRUPTED = 130
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.add_typer(weights.app, name="weights")
 app.add_typer(quarantine.app, name="quarantine")
 app.add_typer(settings.app, name="config")
+app.add_typer(study.app, name="study")
 
 
 def _show_version(wanted: bool) -> None:

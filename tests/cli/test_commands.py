@@ -21,6 +21,7 @@ PRINTS_NO_DATA = {
     "relay",
     "up",
 }  # schema is JSON
+PRINTS_NO_DATA |= {"study run", "study confirm", "study publish"}  # into files
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -41,7 +42,16 @@ def test_a_line_that_is_no_command_is_refused(line: str) -> None:
 
 
 def test_what_prints_data_prints_json_too() -> None:
-    told = {"promote", "rollback", "snapshot", "pull", "verify", "requeue", "purge"}  # a sentence each
+    told = {
+        "promote",
+        "rollback",
+        "snapshot",
+        "pull",
+        "verify",
+        "requeue",
+        "purge",
+        "plot",
+    }  # a sentence each
     for verb, command in VERBS.items():
         takes = any("--json" in parameter.opts for parameter in command.params)
         assert takes or verb in PRINTS_NO_DATA or verb.split(" ")[-1] in told, verb

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -113,7 +114,7 @@ def test_the_demo_makes_the_files_that_its_settings_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (init,) = pod(workload(rendered("cpu-demo"), LEARNER))["initContainers"]
-    monkeypatch.setattr(demo_model, "WARM_STEPS", 1)
+    monkeypatch.setattr(demo_model, "DEMO", replace(demo_model.DEMO, steps=1))
     arguments = [each.replace("/models", str(tmp_path)) for each in init["command"][1:]]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     settings = tomllib.loads((KUBERNETES / "overlays/cpu-demo/aspo.toml").read_text())
