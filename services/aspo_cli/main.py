@@ -263,6 +263,19 @@ def report(
     run_report(names, runs, output=output, as_json=as_json)
 
 
+@app.command(epilog="Example: aspo doctor demo --json")
+def doctor(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A run, by name or folder.")],
+    runs: Annotated[Path, typer.Option(help="Parent folder of the runs' folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Say what is off with a run, from its metrics, and what to change; exit code 1 if there is anything."""
+    from aspo_cli.doctor import run_doctor
+    from aspo_cli.report import read_run
+
+    raise typer.Exit(run_doctor(read_run(name, runs), as_json=as_json))
+
+
 @app.command(
     epilog="Example: aspo bench delta --json",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

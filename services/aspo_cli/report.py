@@ -37,7 +37,7 @@ class Run:
 
 def run_report(names: list[str], runs: Path, *, output: Path | None, as_json: bool) -> None:
     """Write the report of some runs, by their names or folders, and say where it is."""
-    read = [_read(name, runs) for name in names]
+    read = [read_run(name, runs) for name in names]
     if len({run.name for run in read}) < len(read):
         raise ConfigError("two of the runs have the same name; a report names each run once")
     folder = output or read[0].folder / "report"
@@ -80,7 +80,8 @@ def _event(event: dict[str, Any]) -> dict[str, str]:
     return {name: printable(str(event.get(name, "")), 4000) for name in ("level", "source", "message")}
 
 
-def _read(name: str, runs: Path) -> Run:
+def read_run(name: str, runs: Path) -> Run:
+    """Read a run by its name or folder; raises ConfigError if there is none or it has done no step."""
     folder = next((f for f in (runs / name, Path(name)) if (f / "metrics.jsonl").is_file()), None)
     if folder is None:
         there = sorted(path.parent.name for path in runs.glob("*/metrics.jsonl"))
