@@ -16,7 +16,7 @@ TUNING_SEEDS, TUNING_STEPS = (100, 101), 48
 MAIN_TASK = "addition"  # on which all is compared, and rates are tuned
 PROMPTS, GROUP_SIZE = 8, 8  # of a batch
 
-PHASES = ("tune", "core", "ratio", "dual", "updates", "full")  # in order of what they decide
+PHASES = ("tune", "core", "ratio", "dual", "levels", "updates", "full")  # in order of what they decide
 Row = dict[str, Any]
 
 
@@ -93,6 +93,8 @@ def _around(phase: str, task: str) -> Iterator[Cell]:
         yield from _grid(task, loss=pair, staleness=(4, 64), reference=("proximal",))
     elif main and phase == "dual":
         yield from _grid(task, loss=pair, staleness=(64,), dual_clip=(False,))
+    elif main and phase == "levels":
+        yield from _grid(task, loss=(*trio, "cispo"), staleness=(16,))
     elif main and phase == "updates":
         yield from _grid(task, loss=pair, staleness=(4, 64), updates=(1, 12))
 
