@@ -1,13 +1,15 @@
 """The compose file's services as plain processes, each in a sandbox like its container.
 
-The command, variables, user, mounts and read-only root are those that the files name; loopback addresses
-stand for the containers'.
+The command, variables, user, mounts and read-only root are those that the files name. Each has a network
+namespace of its own, whose firewall lets through what the NetworkPolicies of deploy/kubernetes name.
 
-It needs bubblewrap, and says nothing of the images' own files: the sandbox has this environment's.
+It needs root, bubblewrap and nftables, and says nothing of the images' own files: the sandbox has this
+environment's.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -28,28 +30,39 @@ import pytest
 from aspo.queue import connect
 from aspo_cli.processes import find_redis_server
 from aspo_cli.status import fetch_status
+from cluster import Cluster, can_be_made
 from composition import ROLES, Composition
+from edges import Peer
+from overlays import DESIGN, rendered
 from services import wait_until
 
 ROOT = Path(__file__).parents[2]
-ADDRESSES = {"redis": "127.77.0.2", "learner": "127.77.0.3"}
-LEARNER = f"http://{ADDRESSES['learner']}:8000"
+NAME = "app.kubernetes.io/name"
+PODS = (
+    *(Peer(f"{role}-1", {NAME: role}, "aspo") for role in ("redis", "learner", "demo")),
+    *(Peer(f"actor-{number}", {NAME: "actor"}, "aspo") for number in (1, 2, 3)),
+    Peer("stranger", {NAME: "stranger"}, "aspo"),
+    Peer("neighbour", {NAME: "actor"}, "other"),
+)
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.vllm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed"),
+    pytest.mark.skipif(not can_be_made(), reason="needs root, iproute2 and nftables"),
 ]
 
 
 class Container:
     """One replica of a service; what it prints goes to `log`."""
 
-    def __init__(self, composed: Composition, folder: Path, service: str, name: str, address: str) -> None:
+    def __init__(
+        self, composed: Composition, cluster: Cluster, folder: Path, service: str, name: str
+    ) -> None:
         self.log = folder / f"{name}.log"
         self._composed, self._folder, self._service, self._name = composed, folder, service, name
-        self._address = address
+        self._cluster = cluster
         information, told = os.pipe()
         with self.log.open("wb") as log:
             self._outer = subprocess.Popen(
@@ -70,9 +83,8 @@ class Container:
         if role and not check:
             instruction = self._composed.image(role)["HEALTHCHECK"]
             command = json.loads(instruction[instruction.index("[") :])
-            command = [part.replace("127.0.0.1", self._address) for part in command]
         else:
-            command = ["sh", "-c", check["test"][1].replace("redis-cli", f"redis-cli -h {self._address}")]
+            command = ["sh", "-c", check["test"][1]]
         return self.run(*command).returncode == 0
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -99,7 +111,7 @@ class Container:
     def _command(self) -> list[str]:
         service, role = self._composed.services[self._service], self._composed.role(self._service)
         if role is None:
-            return [*service["command"], "--bind", self._address]
+            return list(service["command"])
         image = self._composed.image(role)
         arguments = [] if "entrypoint" in service else json.loads(image["CMD"])
         return [*service.get("entrypoint", json.loads(image["ENTRYPOINT"])), *arguments]
@@ -107,7 +119,16 @@ class Container:
     def _sandbox(self) -> list[str]:
         service = self._composed.services[self._service]
         user, group = service["user"].split(":")
-        arguments = ["bwrap", "--unshare-user", "--uid", user, "--gid", group, "--unshare-pid", "--as-pid-1"]
+        arguments = [
+            *self._cluster.within(self._name),
+            "bwrap",
+            "--unshare-user",
+            "--uid",
+            user,
+            "--gid",
+            group,
+        ]
+        arguments += ["--unshare-pid", "--as-pid-1"]
         arguments += ["--unshare-ipc", "--unshare-uts", "--hostname", self._name, "--cap-drop", "ALL"]
         arguments += ["--die-with-parent", "--clearenv", *self._mounts(), *self._files()]
         arguments += ["--dir", "/project", "--chdir", "/project"]
@@ -123,8 +144,7 @@ class Container:
         extra["ASPO_EVAL__MIN_STEPS"] = "200"  # lest the run end before it has been scaled
         if "LD_LIBRARY_PATH" in os.environ:
             extra["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        role = self._composed.role(self._service)
-        return found | extra | ({f"ASPO_{role.upper()}__HOST": self._address} if role else {})
+        return found | extra
 
     def _files(self) -> Iterator[str]:
         """What stands for the image: the system, Python and this repository."""
@@ -139,7 +159,7 @@ class Container:
             if not path.startswith("/usr/"):
                 yield from ("--ro-bind", path, path)
         yield from ("--symlink", sys.prefix, "/opt/aspo")
-        hosts = "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
+        hosts = "".join(f"{self._cluster.address(f'{name}-1')} {name}\n" for name in ("redis", "learner"))
         for name, text in (("hosts", hosts), ("nsswitch.conf", "hosts: files\n")):
             (self._folder / name).write_text(text)
             yield from ("--ro-bind", str(self._folder / name), f"/etc/{name}")
@@ -177,13 +197,18 @@ def composed(tmp_path: Path) -> Composition:
 
 
 @pytest.fixture
-def start(composed: Composition, tmp_path: Path) -> Iterator[Start]:
+def cluster() -> Iterator[Cluster]:
+    with Cluster(rendered("cpu-demo"), PODS) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def start(composed: Composition, cluster: Cluster, tmp_path: Path) -> Iterator[Start]:
     """Start a replica of a service; all are ended with the test."""
     with ExitStack() as started:
 
         def start(service: str, number: int = 1) -> Container:
-            address = ADDRESSES.get(service, f"127.77.1.{number}")
-            container = Container(composed, tmp_path, service, f"{service}-{number}", address)
+            container = Container(composed, cluster, tmp_path, service, f"{service}-{number}")
             started.callback(container.kill)
             return container
 
@@ -201,7 +226,9 @@ def await_that(condition: Callable[[], Any], timeout_s: float, *containers: Cont
     wait_until(held, timeout_s)
 
 
-def test_it_comes_up_trains_and_scales(composed: Composition, start: Start, tmp_path: Path) -> None:
+def test_it_comes_up_trains_and_scales(
+    composed: Composition, cluster: Cluster, start: Start, tmp_path: Path
+) -> None:
     """From nothing: the order, health, rights and commands of the compose file; 1 actor, then 3, then 1."""
     demo, redis = start("demo"), start("redis")
     await_that(redis.healthy, 20, redis)
@@ -209,16 +236,17 @@ def test_it_comes_up_trains_and_scales(composed: Composition, start: Start, tmp_
     learner = start("learner")
     await_that(learner.healthy, 120, redis, learner)
     token = (composed.folder / "secrets/reader_token").read_text()
+    url = f"http://{cluster.address('learner-1')}:8000"
 
     def status() -> dict[str, Any]:
-        return fetch_status(LEARNER, token)
+        return fetch_status(url, token)
 
     def sampling() -> list[str]:
         actors = status()["actors"]
         return sorted(actor["id"] for actor in actors if actor["state"] == "sampling" and actor["groups"])
 
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"{LEARNER}/v1/status", timeout=10)
+        urllib.request.urlopen(f"{url}/v1/status", timeout=10)
     first = start("actor")
     await_that(first.healthy, 180, redis, learner, first)
     await_that(lambda: status()["step"] >= 1, 240, redis, learner, first)
@@ -226,6 +254,8 @@ def test_it_comes_up_trains_and_scales(composed: Composition, start: Start, tmp_
     others = [start("actor", number) for number in (2, 3)]
     await_that(lambda: len(sampling()) == 3, 300, redis, learner, first, *others)
     assert sampling() == ["actor-1-1", "actor-2-1", "actor-3-1"]
+    assert [pod.name for pod in PODS[:-1] if cluster.refused(pod.name)] == []  # nobody has tried more
+    assert connections(cluster) == designed()
     assert [other.stop() for other in others] == [0, 0], [other.log.read_text() for other in others]
     await_that(lambda: len(status()["actors"]) == 1, 30, redis, learner, first)
     reached = status()["step"]
@@ -241,15 +271,30 @@ def test_it_comes_up_trains_and_scales(composed: Composition, start: Start, tmp_
     assert list((tmp_path / "volumes/redis").rglob("*.aof*"))
 
 
-def test_a_queue_outlives_redis_and_is_closed_to_strangers(composed: Composition, start: Start) -> None:
-    url = f"redis://{ADDRESSES['redis']}:6379/0"
+def designed() -> set[tuple[str, str, int]]:
+    """Which the design names, pod by pod."""
+    ours = [(pod.name, pod.labels[NAME]) for pod in PODS if pod.namespace == "aspo"]
+    pairs = itertools.permutations(ours, 2)
+    return {(a, b, port) for (a, s), (b, t) in pairs for *ends, port, _ in DESIGN if ends == [s, t]}
+
+
+def connections(cluster: Cluster) -> set[tuple[str, str, int]]:
+    """Which pods reach which ports of others now."""
+    ports = (22, 6379, 8000, 8001)
+    return {(pod.name, *end) for pod in PODS for end in cluster.reached(pod.name, ports)}
+
+
+def test_a_queue_outlives_redis_and_is_closed_to_strangers(
+    composed: Composition, cluster: Cluster, start: Start
+) -> None:
+    url = f"redis://{cluster.address('redis-1')}:6379/0"
     admin = (composed.folder / "secrets/admin.env").read_text().strip().partition("=")[2]
     for expected in (None, b"kept"):
         redis = start("redis")
         await_that(redis.healthy, 20, redis)
         with pytest.raises(Exception, match="Authentication required"), connect(url) as stranger:
             stranger.ping()
-        with connect(admin.replace("@redis:", f"@{ADDRESSES['redis']}:")) as client:
+        with connect(admin.replace("@redis:", f"@{cluster.address('redis-1')}:")) as client:
             assert client.get("aspo:x") == expected
             client.set("aspo:x", "kept")
         assert redis.stop() == 0
