@@ -11,8 +11,7 @@ An update that fails midway damages the engine: sampling stands still and nothin
 
 Every log-prob is the one its token was drawn with: top-p, top-k, penalties and min-tokens are off, and the
 distribution is the temperature's (at temperature 0, the unscaled one). Requests that run through an update
-keep the keys and values they have; each token's policy version tells which weights drew it. vLLM is imported
-by `start`.
+keep the keys and values they have; each token's policy version tells which weights drew it.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aspo.config import ConfigError, EngineConfig
-from aspo.errors import AspoError
 from aspo.schemas import FloatArray, VersionSpan
 from aspo_actor.channel import Channel
 from aspo_actor.completion import Completion, UpdateTimings
@@ -41,6 +39,9 @@ from aspo_actor.engine_settings import (
     scoring_params,
     start_client,
 )
+from aspo_actor.errors import EngineError as EngineError
+from aspo_actor.errors import NotFiniteError
+from aspo_actor.errors import WeightsRefusedError as WeightsRefusedError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -49,20 +50,6 @@ if TYPE_CHECKING:
 _PROBE_LENGTH = 8
 _SHUTDOWN_S = 5.0
 _UPDATE_TIMEOUT_S = 300.0
-
-
-class EngineError(AspoError, RuntimeError):
-    """The engine did not start, is dead or hung, or lost its weights; its text is one line."""
-
-    exit_code = 1
-
-
-class WeightsRefusedError(AspoError, ValueError):
-    """An update that does not fit the model or its weights, which are as they were before."""
-
-
-class _NotFiniteError(EngineError):
-    """Log-probs that no sound weights give."""
 
 
 class RolloutEngine:
@@ -77,6 +64,7 @@ class RolloutEngine:
         self._max_num_seqs: int = client.vllm_config.scheduler_config.max_num_seqs
         self._ids = itertools.count()
         self._running: dict[str, int] = {}
+        self._guests: set[asyncio.Task[Any]] = set()
         self._updates = 0
         self._version = version
         # Why the engine is given up, or stands still until a complete update.
@@ -191,7 +179,7 @@ class RolloutEngine:
         updates, output = self._updates, await self._draw(prompt_ids, params)
         try:
             completions = [self._completion(sample) for sample in output.outputs]
-        except _NotFiniteError as error:
+        except NotFiniteError as error:
             await self._distrust(str(error), updates)
             raise
         return completions * n if greedy else completions
@@ -214,7 +202,7 @@ class RolloutEngine:
             self._require_healthy()
             try:
                 await self._probe(timeout_s)
-            except _NotFiniteError as error:
+            except NotFiniteError as error:
                 await self._suspend(str(error))
                 raise
             except EngineError as error:
@@ -287,8 +275,7 @@ class RolloutEngine:
         self._closed = True
         if self._channel is not None:
             self._channel.close()
-        with contextlib.suppress(Exception):
-            await self._client.abort(list(self._running))
+        await self._abort()
         if self._client.output_handler is not None:
             # Else it reports the process that is about to be stopped as a crash.
             self._client.output_handler.cancel()
@@ -382,6 +369,12 @@ class RolloutEngine:
         # A pulse: it wakes those that wait, who look at the era.
         self._trusted.set()
         self._trusted.clear()
+        await self._abort()
+
+    async def _abort(self) -> None:
+        """End every request; guests' may be on their way to vLLM, which does not know them yet."""
+        for task in self._guests:
+            task.cancel()
         with contextlib.suppress(Exception):
             await self._client.abort(list(self._running))
 
@@ -414,16 +407,23 @@ class RolloutEngine:
 
     @contextlib.asynccontextmanager
     async def drawing(self, requests: Mapping[str, int]) -> AsyncIterator[str]:
-        """Have requests on `client`, samples by id, held back and dropped as the engine's own are.
+        """Have a task's requests on `client`, samples by id, held back and dropped as the engine's own are.
 
         Gives the cache salt to make them with. Raises `EngineError` when the weights that drew are dropped.
         """
         self._require_healthy()
-        era = self._era
+        era, task = self._era, asyncio.current_task()
+        assert task is not None
         self._running.update(requests)
+        if requests:
+            self._guests.add(task)
         try:
             yield self._salt
+        except asyncio.CancelledError:
+            if (era == self._era and self._alive) or task.uncancel():
+                raise  # not by `_abort`, or not by it alone
         finally:
+            self._guests.discard(task)
             for request_id in requests:
                 del self._running[request_id]
         if era == self._era:
@@ -468,7 +468,7 @@ class RolloutEngine:
     def _completion(self, sample: Any) -> Completion:
         logprobs = np.asarray(sample.logprobs.logprobs, dtype=np.float32)
         if not np.isfinite(logprobs).all():
-            raise _NotFiniteError(f"weights {self._version} give log-probs that are not finite")
+            raise NotFiniteError(f"weights {self._version} give log-probs that are not finite")
         return Completion(
             token_ids=np.asarray(sample.token_ids, dtype=np.int32),
             logprobs=logprobs,
@@ -492,8 +492,7 @@ class RolloutEngine:
         """Mark the engine unhealthy for good and release every waiting request."""
         self._failure = reason
         self._trusted.set()
-        with contextlib.suppress(Exception):
-            await self._client.abort(list(self._running))
+        await self._abort()
 
 
 def _refuse(version: str, reasons: Sequence[str | None]) -> None:

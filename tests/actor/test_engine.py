@@ -476,7 +476,7 @@ async def guest(engine: RolloutEngine, folder: Path, places: int) -> AsyncIterat
 
 
 async def guests_running(engine: RolloutEngine, samples: int) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         while sum(engine._running.values()) != samples:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
 
@@ -521,6 +521,29 @@ async def test_guests_are_dropped_with_the_weights_that_answer_them(
         (own,) = await engine.sample(PROMPT, n=1, max_tokens=8, temperature=0.0)
         assert greedy.choices[0].text == own.text
         assert greedy.system_fingerprint == "test/0/1"
+
+
+async def test_guests_that_vllm_does_not_know_yet_are_dropped_too(
+    engine: RolloutEngine, folder: Path
+) -> None:
+    await serve(engine, folder / "tied-0", "test/0/0")
+    never = asyncio.Event()
+
+    async def guest() -> None:
+        async with engine.drawing({"cmpl-of-nobody": 1}):
+            await never.wait()
+
+    asked = asyncio.create_task(guest())
+    await guests_running(engine, 1)
+    await engine.condemn("a digest is wrong")
+    with pytest.raises(EngineError, match="a digest is wrong"):
+        await asked
+    await engine.apply_weights([folder / "tied-1" / "model.safetensors"], "test/0/1")
+    asked = asyncio.create_task(guest())
+    await guests_running(engine, 1)
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
 
 
 async def test_vllms_own_update_calls_refuse_an_unfit_update_too(
