@@ -13,10 +13,9 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
-from urllib.parse import urlencode
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -28,6 +27,10 @@ from pydantic_settings import (
 from aspo import failpoints
 from aspo.errors import AspoError
 from aspo.lora_config import LoraConfig
+from aspo.network_config import AuthConfig as AuthConfig
+from aspo.network_config import HttpConfig as HttpConfig
+from aspo.network_config import Port
+from aspo.network_config import RedisConfig as RedisConfig
 from aspo.task_config import CodeConfig as CodeConfig
 from aspo.task_config import DataConfig as DataConfig
 from aspo.task_config import EnvironmentConfig as EnvironmentConfig
@@ -50,7 +53,6 @@ TOKEN_VARIABLE = "ASPO_TOKEN"  # what the command line sends; no setting of the 
 _SECRET_SECTIONS = {"auth", "redis"}  # whose values are never shown
 _OTHER_VARIABLES = {TOKEN_VARIABLE, failpoints.VARIABLE}
 
-Port = Annotated[int, Field(ge=0, le=65535)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Precision = Literal["auto", "fp32", "bf16"]
 StalenessPolicy = Literal["drop", "mask", "decay"]
@@ -58,28 +60,6 @@ StalenessPolicy = Literal["drop", "mask", "decay"]
 
 class ConfigError(AspoError, ValueError):
     """A setting that the user must mend; its text is one line that says which and how."""
-
-
-def _require_pair(section: str, cert: Path | None, key: Path | None) -> None:
-    if (cert is None) != (key is None):
-        raise ValueError(f"{section}tls_cert and {section}tls_key go together; set both or neither")
-
-
-class HttpConfig(Section):
-    """Where a service answers, and how it is known to be itself."""
-
-    _prefix: ClassVar[str] = ""  # of the settings' names, for messages
-
-    host: str = Field("127.0.0.1", description="Address to serve on.")
-    port: Port = Field(0, description="Port to serve on; 0 picks a free one.")
-    probe_port: Port | None = Field(None, description="Port for /livez, /readyz and /metrics alone.")
-    tls_cert: Path | None = Field(None, description="PEM certificate chain to serve HTTPS with.")
-    tls_key: Path | None = Field(None, description="Its key.")
-
-    @model_validator(mode="after")
-    def _whole_pair(self) -> Self:
-        _require_pair(self._prefix, self.tls_cert, self.tls_key)
-        return self
 
 
 class RunConfig(Section):
@@ -95,33 +75,6 @@ class RunConfig(Section):
     def path(self) -> Path:
         """The run's own folder."""
         return self.dir / self.name
-
-
-class RedisConfig(Section):
-    """The queue between actors and learner."""
-
-    url: str = Field("redis://127.0.0.1:6379/0", description="redis://, rediss:// or unix:// URL.")
-    task_lease_s: float = Field(
-        120.0, ge=1.0, description="A task not renewed for so long goes to another actor."
-    )
-    max_entry_mib: int = Field(64, ge=1, le=512, description="Largest rollout group accepted, in MiB.")
-    tls_ca: Path | None = Field(None, description="CA of a rediss:// server; unset: the system's.")
-    tls_cert: Path | None = Field(None, description="Certificate to show Redis, where it asks for one.")
-    tls_key: Path | None = Field(None, description="Its key.")
-
-    @model_validator(mode="after")
-    def _tls_needs_rediss(self) -> RedisConfig:
-        _require_pair("redis.", self.tls_cert, self.tls_key)
-        if (self.tls_ca or self.tls_cert) and not self.url.startswith("rediss://"):
-            raise ValueError("redis.tls_ca and redis.tls_cert need a redis.url that begins with rediss://")
-        return self
-
-    @property
-    def location(self) -> str:
-        """The URL with the TLS files, as redis-py takes them."""
-        files = {"ssl_ca_certs": self.tls_ca, "ssl_certfile": self.tls_cert, "ssl_keyfile": self.tls_key}
-        query = urlencode({name: str(path) for name, path in files.items() if path is not None})
-        return f"{self.url}{'&' if '?' in self.url else '?'}{query}" if query else self.url
 
 
 class ModelConfig(Section):
@@ -302,54 +255,6 @@ class ActorConfig(HttpConfig):
     probe_every_s: float = Field(30.0, gt=0, description="Seconds between tokens generated as a probe.")
     probe_timeout_s: float = Field(60.0, gt=0, description="An engine silent for so long is given up.")
     engine: EngineConfig = EngineConfig()
-
-
-class AuthConfig(Section):
-    """Bearer tokens by scope; with none set, only loopback addresses may be served.
-
-    A token may be kept in a file, as container platforms hand out secrets; it is read once, at the start.
-    """
-
-    reader_token: SecretStr | None = Field(None, min_length=1, description="GET /v1/status and friends.")
-    actor_token: SecretStr | None = Field(None, min_length=1, description="Weight routes; also reads.")
-    operator_token: SecretStr | None = Field(
-        None, min_length=1, description="Everything, the changing routes included."
-    )
-    reader_token_file: Path | None = Field(None, description="File that holds reader_token.")
-    actor_token_file: Path | None = Field(None, description="File that holds actor_token.")
-    operator_token_file: Path | None = Field(None, description="File that holds operator_token.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_files(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        read = dict(given)
-        for name in ("reader_token", "actor_token", "operator_token"):
-            path = read.pop(f"{name}_file", None)
-            if path is None:
-                continue
-            if read.get(name) is not None:
-                raise ValueError(f"auth.{name} and auth.{name}_file are both set; keep one")
-            read[name] = _read_token(f"auth.{name}_file", path)
-        return read
-
-    @property
-    def tokens(self) -> dict[str, str]:
-        """The tokens that are set, by the name of their scope."""
-        found = {"reader": self.reader_token, "actor": self.actor_token, "operator": self.operator_token}
-        return {scope: token.get_secret_value() for scope, token in found.items() if token is not None}
-
-
-def _read_token(setting: str, path: Any) -> str:
-    try:
-        token = Path(path).read_text().strip()
-    except (OSError, TypeError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text file"
-        raise ValueError(f"{setting}: cannot read {path} ({reason}); name a file with a token") from None
-    if not token:
-        raise ValueError(f"{setting}: {path} is empty; put a token in it")
-    return token
 
 
 class Config(BaseSettings):
