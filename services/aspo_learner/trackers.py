@@ -9,6 +9,8 @@ They are told from a thread of their own: one that fails, or hangs, costs the ru
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.util
 import logging
 import os
@@ -24,7 +26,7 @@ from aspo.watch_config import TrackerName
 
 log = logging.getLogger(__name__)
 _BACKLOG = 1000  # steps that may wait for a tracker; more are not told
-_CLOSE_S = 30.0
+_CLOSE_S, _EXIT_S = 30.0, 5.0
 Metrics = Mapping[str, float]
 
 
@@ -152,6 +154,7 @@ class Trackers:
         self._thread = threading.Thread(target=self._tell_all, name="trackers", daemon=True)
         if self._kinds:
             self._thread.start()
+            atexit.register(self.close, _EXIT_S)  # a learner that fails does not get to its run's end
 
     def log(self, metrics: Metrics) -> None:
         """Have all trackers told of a step; returns at once."""
@@ -166,12 +169,13 @@ class Trackers:
         """Have what is left told and the trackers closed, for so long as a run's end may wait."""
         if not self._thread.is_alive():
             return
-        try:
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=timeout_s)
-        except queue.Full:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
             log.warning("a tracker hangs; what it was not told is in metrics.jsonl")
-            return
-        self._thread.join(timeout_s)
 
     def _tell_all(self) -> None:
         while (metrics := self._queue.get()) is not None:

@@ -6,6 +6,8 @@ import importlib.util
 import json
 import logging
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -160,7 +162,9 @@ def test_one_that_fails_is_warned_of_once_and_counted_and_the_others_are_told(
     ]
 
 
-def test_one_that_hangs_holds_up_nothing(configure: Callable[..., Config]) -> None:
+def test_one_that_hangs_holds_up_nothing(
+    configure: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
     hanging, release = threading.Event(), threading.Event()
 
     def hang(at: str) -> None:
@@ -175,4 +179,36 @@ def test_one_that_hangs_holds_up_nothing(configure: Callable[..., Config]) -> No
         trackers.log(STEPS[1])
     assert trackers.failures == 5  # what its backlog did not take
     trackers.close(timeout_s=0.01)
+    few = Trackers(configure('trackers.use=["wandb"]'), {"wandb": stuck})
+    few.log(STEPS[0])
+    few.close(timeout_s=0.01)
+    assert [r.getMessage().partition(";")[0] for r in caplog.records] == ["a tracker hangs"] * 2
     release.set()
+
+
+FAILING = """
+import sys
+from pathlib import Path
+from aspo.config import load_config
+from aspo_learner.trackers import Trackers
+
+class Late:
+    told = []
+    def log(self, metrics):
+        self.told.append(int(metrics["step"]))
+    def close(self):
+        Path(sys.argv[2]).write_text(str(self.told))
+
+trackers = Trackers(load_config(Path(sys.argv[1]), ['trackers.use=["wandb"]']), {"wandb": lambda *_: Late()})
+for step in (1, 2):
+    trackers.log({"step": step})
+raise SystemExit("the loss diverged")
+"""
+
+
+def test_a_run_that_fails_has_its_last_steps_told(configure: Callable[..., Config], tmp_path: Path) -> None:
+    configure()
+    told = tmp_path / "told"
+    failed = subprocess.run([sys.executable, "-c", FAILING, tmp_path / "my.toml", told], check=False)
+    assert failed.returncode == 1
+    assert told.read_text() == "[1, 2]"
