@@ -216,9 +216,11 @@ def read_part(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
 def _require_same(folder: Path, model: nn.Module) -> None:
     """Raise ConfigError unless the checkpoint is of a model, or of adapters, of the same shapes."""
     saved = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    for name, parameter in _trained(model).items():
+    trained, held = _trained(model), {name for name in saved if "|" not in name}  # those are the optimizer's
+    for name in sorted(trained.keys() | held):
         found = saved.get(name)
-        if not isinstance(found, TensorStorageMetadata) or found.size != parameter.shape:
+        same = isinstance(found, TensorStorageMetadata) and name in trained
+        if not same or found.size != trained[name].shape:
             raise ConfigError(
                 f"{folder} is of another model ({name} differs); choose another run.name, or set "
                 "model.path and learner.lora back"

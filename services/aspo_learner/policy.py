@@ -179,6 +179,11 @@ class Policy:
             self._base_digest = state_digest(describe(self.base()))
         return self._base_digest
 
+    @property
+    def scaling(self) -> float | None:
+        """By what the adapters are multiplied; None where there are none."""
+        return self._lora.alpha / self._lora.rank if self._lora else None
+
     def merged(self, published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weights that actors run with, of a version that `copy_published` gave."""
         if self._lora is None:

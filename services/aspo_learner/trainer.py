@@ -122,7 +122,7 @@ class Trainer:
         """What a checkpoint must hold beside weights and optimizer tensors."""
         state = self.updater.state() | {"random": self._random.bit_generator.state}
         digest = self.policy.base_digest()
-        return state if digest is None else state | {"base": digest}
+        return state if digest is None else state | {"base": digest, "scaling": self.policy.scaling}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned; raises ConfigError if adapters were those of another base."""
@@ -130,6 +130,11 @@ class Trainer:
             raise ConfigError(
                 "the checkpoint's adapters are of other weights than those of model.path; set it back, or "
                 "choose another run.name"
+            )
+        if state.get("scaling", self.policy.scaling) != self.policy.scaling:
+            raise ConfigError(
+                f"the checkpoint's adapters count {state['scaling']:g} times, which learner.lora.alpha / "
+                "rank no longer is; set learner.lora.alpha back, or choose another run.name"
             )
         self._ranks.announce(Resume(json.dumps(state)))
         self.updater.load_state(state)

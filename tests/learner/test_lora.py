@@ -105,6 +105,17 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_wants_its_base(tmp_path: Path) ->
         checkpoints.load(whole.model, torch.optim.AdamW(whole.model.parameters()))
 
 
+@pytest.mark.parametrize("setting", ['target_modules=["q_proj"]', "rank=2", "alpha=16"])
+def test_adapters_of_other_settings_are_not_continued(tmp_path: Path, setting: str) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    trainer = new_trainer(tmp_path)
+    train(trainer, range(1))
+    checkpoints.save(1, trainer.policy.model, trainer.optimizer, {"trainer": trainer.state()})
+    other = new_trainer(tmp_path, f"learner.lora.{setting}")
+    with pytest.raises(ConfigError, match=r"set .*learner\.lora.* back"):
+        other.load_state((checkpoints.load(other.policy.model, other.optimizer) or {})["trainer"])
+
+
 def test_the_reference_is_the_model_without_adapters(tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, "loss.kl_coefficient=0.1", "loss.ratio_reference=proximal")
     groups = [make_group(trainer.policy.model, seed=seed) for seed in range(4)]
