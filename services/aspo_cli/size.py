@@ -22,6 +22,7 @@ from aspo_learner.memory import (
     MOMENTS,
     TILES,
     Shape,
+    adapter_parameters,
     gathered_bytes,
     kept_bytes,
     learner_peak_bytes,
@@ -96,7 +97,8 @@ def fit_learner(shape: Shape, config: Config, least_tokens: int, room: int) -> t
 
     Raises ConfigError if what every GPU holds is too much.
     """
-    if TILES + gathered_bytes(shape) + kept_bytes(shape, config, least_tokens) >= room:
+    lora = config.learner.lora is not None
+    if not lora and TILES + gathered_bytes(shape) + kept_bytes(shape, config, least_tokens) >= room:
         raise ConfigError(
             f"the activations of {least_tokens} tokens, embedding and head do not fit a GPU; name "
             "larger ones by --gpu-gib, set learner.activation_checkpointing, or lower --prompt-tokens and "
@@ -104,6 +106,11 @@ def fit_learner(shape: Shape, config: Config, least_tokens: int, room: int) -> t
         )
     gpus = 1
     while learner_peak_bytes(shape, config, tokens=least_tokens, gpus=gpus) > room:
+        if lora:
+            raise ConfigError(
+                "learner.lora trains on one GPU, which these would not fit; name larger ones by --gpu-gib, "
+                "set learner.activation_checkpointing, or unset learner.lora"
+            )
         gpus *= 2
     left = room - learner_peak_bytes(shape, config, tokens=0, gpus=gpus)
     fitting = left // kept_bytes(shape, config, 1)
@@ -124,11 +131,12 @@ def estimate(
     room, longest = int(USABLE * gpu_bytes), prompt_tokens + config.longest_completion
     learner_gpus, tokens = fit_learner(shape, config, longest, room)
     kv = 2 * shape.layers * shape.key * PUBLISHED[config.model.dtype]
-    actor_gpus = 1
-    while actor_gpus * (room - RESERVED) < published + kv * longest:
-        actor_gpus *= 2
-    fitting = (actor_gpus * (room - RESERVED) - published) // (kv * longest)
-    delta = int(DELTA_LATER * published)
+    actor_gpus, fitting = _fit_actor(published, kv * longest, room - RESERVED)
+    trained, base, first, later = shape.parameters, 0, DELTA_FIRST, DELTA_LATER
+    if config.learner.lora is not None:  # adapters alone are sent, and nearly all of them move
+        trained, base, first, later = adapter_parameters(shape, config.learner.lora), published, 1.0, 1.0
+    sent = trained * PUBLISHED[config.model.dtype]
+    delta = int(later * sent)
     return Estimate(
         model=shape.name,
         parameters=shape.parameters,
@@ -137,19 +145,27 @@ def estimate(
         learner_activations=kept_bytes(shape, config, tokens),
         learner_gpus=learner_gpus,
         learner_gpu_peak=learner_peak_bytes(shape, config, tokens=tokens, gpus=learner_gpus),
-        learner_host=2 * published + MOMENTS * shape.parameters,
-        learner_disk=(config.learner.keep_checkpoints + 1) * 12 * shape.parameters + 3 * published,
+        learner_host=base + 2 * sent + MOMENTS * trained,
+        learner_disk=(config.learner.keep_checkpoints + 1) * 12 * trained + 2 * base + 3 * sent,
         actor_weights=published,
         actor_kv_per_token=kv,
         actor_gpus=actor_gpus,
         actor_sequences=min(fitting, config.actor.engine.max_num_seqs),
         gpus=learner_gpus + actors * actor_gpus,
-        snapshot=published,
-        delta_first=int(DELTA_FIRST * published),
+        snapshot=sent,
+        delta_first=int(first * sent),
         delta=delta,
         weights_per_second=int(delta * actors / step_seconds),
         redis=redis_bytes(config),
     )
+
+
+def _fit_actor(weights: int, sequence: int, room: int) -> tuple[int, int]:
+    """The fewest GPUs, a power of two, for the weights and one sequence, and the sequences that then fit."""
+    gpus = 1
+    while gpus * room < weights + sequence:
+        gpus *= 2
+    return gpus, (gpus * room - weights) // sequence
 
 
 def redis_bytes(config: Config) -> int:

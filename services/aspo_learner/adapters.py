@@ -51,10 +51,11 @@ def _targets(model: Any, config: LoraConfig, path: str) -> list[str]:
 
 
 def hold_base_in(model: Any, dtype: torch.dtype) -> None:
-    """Keep the matrices under the adapters in a smaller type."""
-    for _, layer in _layers(model):
-        weight = layer.get_base_layer().weight
-        weight.data = weight.data.to(dtype)
+    """Keep the matrices of the frozen linear layers, but for the head's, in a smaller type."""
+    head = model.get_output_embeddings()
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer is not head and not layer.weight.requires_grad:
+            layer.weight.data = layer.weight.data.to(dtype)
 
 
 def published(model: Any) -> Iterator[tuple[str, nn.Parameter]]:

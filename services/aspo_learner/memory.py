@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from aspo.config import Config, ConfigError
+from aspo.lora_config import LoraConfig
 
 MASTER, GRADIENT, MOMENTS, CAST = 4, 4, 8, 2  # bytes per weight; the casts of autocast are bf16
 TILES = 4 * 4096 * 16384 * 4  # fp32 tiles of logits that the head holds at a time on a GPU
@@ -66,8 +67,8 @@ def shape_of_config(model: str) -> Shape:
             vocabulary=config.vocab_size,
             tied=bool(config.tie_word_embeddings),
         )
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, ValueError, AttributeError, TypeError, LookupError, ImportError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"{model!r} cannot be sized ({reason}); name a size such as 7B, a model folder or a hub name"
         ) from None
@@ -83,14 +84,19 @@ def states_bytes(shape: Shape, config: Config, *, mixed: bool = True) -> int:
         reference = MASTER if config.loss.kl_coefficient > 0 else 0
         return shape.parameters * (trained + reference)
     frozen = CAST if _held_in_bf16(config, mixed) else MASTER
-    adapters = adapter_parameters(shape, config.learner.lora.rank)
+    adapters = adapter_parameters(shape, config.learner.lora)
     return shape.outer * MASTER + shape.inner * frozen + adapters * trained
 
 
-def adapter_parameters(shape: Shape, rank: int) -> int:
-    """Of adapters on every linear layer but the head: no run has more."""
-    query, key, wide = shape.query, shape.key, shape.intermediate
-    return shape.layers * rank * (7 * shape.hidden + 2 * query + 2 * key + 3 * wide)
+def adapter_parameters(shape: Shape, lora: LoraConfig) -> int:
+    """Of adapters on the layers that are named, or on every linear one but the head."""
+    outside = {
+        **dict.fromkeys(("q_proj", "o_proj"), shape.query),
+        **dict.fromkeys(("k_proj", "v_proj"), shape.key),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.intermediate),
+    }
+    named = outside if lora.target_modules == "all-linear" else outside.keys() & set(lora.target_modules)
+    return shape.layers * lora.rank * sum(shape.hidden + outside[name] for name in named)
 
 
 def _held_in_bf16(config: Config, mixed: bool) -> bool:

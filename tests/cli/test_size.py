@@ -162,6 +162,17 @@ def test_more_gpus_are_taken_only_where_one_is_too_small() -> None:
     assert tiny.learner_tokens == DEFAULTS.learner.micro_batch_tokens
 
 
+def test_adapters_are_sent_in_place_of_the_weights_and_trained_on_one_gpu() -> None:
+    lora = load_settings(None, ["learner.lora.rank=16", 'learner.lora.target_modules=["q_proj", "v_proj"]'])
+    whole, adapters = (estimate(shape_of("8B"), c, actors=1, gpu_bytes=80 * 2**30) for c in (DEFAULTS, lora))
+    weights = 36 * 16 * (4096 + 4096 + 4096 + 1024)
+    assert (whole.learner_gpus, adapters.learner_gpus) == (4, 1)
+    assert adapters.snapshot == adapters.delta == 2 * weights < whole.delta
+    assert adapters.actor_weights == whole.actor_weights
+    with pytest.raises(ConfigError, match=r"learner\.lora trains on one GPU"):
+        estimate(shape_of("70B"), lora, actors=1, gpu_bytes=80 * 2**30)
+
+
 def test_the_command_prints_a_table_or_json(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["size", "7B", "--actors", "2", "--set", "sampling.max_tokens=1024"])
     assert shown.exit_code == 0

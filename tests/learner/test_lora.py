@@ -26,6 +26,7 @@ from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
 from aspo_learner.batching import micro_batches, sequences_of
 from aspo_learner.checkpoint import Checkpoints
+from aspo_learner.memory import shape_of_config, states_bytes
 from aspo_learner.policy import Policy, load_policy
 from aspo_learner.publisher import Publisher
 from aspo_learner.ranks import ALONE, Ranks
@@ -130,18 +131,23 @@ def test_the_reference_is_the_model_without_adapters(tmp_path: Path) -> None:
     assert all(parameter.requires_grad for parameter in trainer.policy.trained())
 
 
-def test_in_bf16_the_matrices_under_the_adapters_are_held_in_it_and_score_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", '["q_proj", "v_proj"]'])
+def test_in_bf16_frozen_matrices_are_held_in_it_and_score_the_same(tmp_path: Path, targets: str) -> None:
     scores = []
-    held = []
     lora_config(tmp_path)
     groups = [make_group(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), seed=i) for i in range(4)]
     for dtype in ("bfloat16", "float32"):
-        trainer = new_trainer(tmp_path, f"model.dtype={dtype}", "learner.precision=bf16")
+        settings = f"model.dtype={dtype}", f"learner.lora.target_modules={targets}", "learner.precision=bf16"
+        trainer = new_trainer(tmp_path, *settings)
         scores.append([trainer.train_step(groups)["loss"] for _ in range(2)])
-        held.append({parameter.dtype for parameter in trainer.policy.model.parameters()})
-        assert {parameter.dtype for parameter in trainer.policy.trained()} == {torch.float32}
+        own = trainer.policy.trained()
+        assert {parameter.dtype for parameter in own} == {torch.float32}
+        held = sum(parameter.nbytes for parameter in trainer.policy.model.parameters())
+        states = held + 3 * sum(parameter.nbytes for parameter in own)  # gradients and moments
+        shape = shape_of_config(str(tmp_path / "model"))
+        expected = states_bytes(shape, lora_config(tmp_path, *settings), mixed=True)
+        assert expected == pytest.approx(states, rel=0.01)
     assert scores[0] == scores[1]
-    assert held == [{torch.bfloat16, torch.float32}, {torch.float32}]
 
 
 def test_a_merge_is_the_product_in_blocks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
