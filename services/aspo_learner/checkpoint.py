@@ -219,8 +219,8 @@ def _require_same(folder: Path, model: nn.Module) -> None:
     trained, held = _trained(model), {name for name in saved if "|" not in name}  # those are the optimizer's
     for name in sorted(trained.keys() | held):
         found = saved.get(name)
-        same = isinstance(found, TensorStorageMetadata) and name in trained
-        if not same or found.size != trained[name].shape:
+        size = found.size if isinstance(found, TensorStorageMetadata) else None
+        if name not in trained or size != trained[name].shape:
             raise ConfigError(
                 f"{folder} is of another model ({name} differs); choose another run.name, or set "
                 "model.path and learner.lora back"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -51,6 +51,15 @@ class Evaluator:
             return False
         self._trained = trained
         return True
+
+    def state(self) -> dict[str, int]:
+        """What a checkpoint must hold, so that a restart does not make an evaluation free."""
+        return {"tokens": self._tokens, "answers": self._answers, "trained": self._trained}
+
+    def load_state(self, state: Mapping[str, int]) -> None:
+        """Continue from what `state` returned."""
+        self._tokens, self._answers = state["tokens"], state["answers"]
+        self._trained = state["trained"]
 
     def start(self, version: str, count: int | None = None) -> None:
         """Ask for answers to the first `count` prompts of each set (all by default) by `version` or newer."""

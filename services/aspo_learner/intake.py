@@ -12,6 +12,7 @@ from typing import Protocol
 import redis
 
 from aspo.codec import CodecError, decode_group, validate_group
+from aspo.config import Config
 from aspo.queue import Delivery, RolloutReader
 from aspo.schemas import IntArray, PolicyVersion, RolloutGroup
 from aspo_learner.dispatcher import task_index
@@ -34,6 +35,19 @@ class Limits:
     max_entry_bytes: int
     stamp: str = ""
     max_environment_tokens: int = 0
+
+    @classmethod
+    def of(cls, config: Config, vocab_size: int, max_prompt_tokens: int, stamp: str) -> Limits:
+        """A run's, given its model's vocabulary, the room for prompts and the stamp of its hello."""
+        return cls(
+            run=config.run.name,
+            vocab_size=vocab_size,
+            max_tokens=config.sampling.max_tokens,
+            max_prompt_tokens=max_prompt_tokens,
+            max_entry_bytes=config.redis.max_entry_mib * 2**20,
+            stamp=stamp,
+            max_environment_tokens=config.environment.room,
+        )
 
 
 class Asker(Protocol):

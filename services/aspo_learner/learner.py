@@ -98,9 +98,11 @@ class Learner:
         self.live = Live(config.run.name, lambda: self._history.steps, self.policy.tokenizer)
         self.step, self._phase, self._checkpoint_seconds = 0, "starting", 0.0
         self._disk_trouble: str | None = None
-        self._ledger, cursor = self._restore()
+        self._ledger, cursor, evaluation = self._restore()
         self._publisher = self._new_publisher()
         self._connect_queues(held_out, cursor)
+        if self._evaluator is not None and evaluation is not None:
+            self._evaluator.load_state(evaluation)
 
     def run(self) -> dict[str, Any]:
         """Train to the end and return the run's summary, also written to summary.json."""
@@ -191,18 +193,18 @@ class Learner:
     def _absent_s(self) -> float | None:
         return None if self._fence.trouble else self._attendance.absent_s
 
-    def _restore(self) -> tuple[Ledger, int]:
-        """Continue from the newest intact checkpoint, if there is one."""
+    def _restore(self) -> tuple[Ledger, int, dict[str, int] | None]:
+        """Continue from the newest intact checkpoint, if there is one; gives ledger, cursor, evaluator's."""
         state = self._checkpoints.load(self.policy.model, self.trainer.optimizer)
         if state is None:
             self._history.forget()
-            return Ledger(), 0
+            return Ledger(), 0, None
         self.step = state["step"]
         self.trainer.load_state(state["trainer"])
         self._history.load_state(state["history"])
         self._prompts.load_state(state.get("prompts", {}))
         log.info("continuing run %s from the checkpoint of step %d", self.config.run.name, self.step)
-        return Ledger.load(state["ledger"]), state["cursor"]
+        return Ledger.load(state["ledger"]), state["cursor"], state.get("evaluation")
 
     def _connect_queues(self, held_out: Sequence[HeldOut], cursor: int) -> None:
         config, epoch = self.config, self._fence.epoch
@@ -214,21 +216,8 @@ class Learner:
         self._dispatcher = Dispatcher(self._tasks, self._prompts, config, self._ledger, cursor)
         self._evaluator = Evaluator(self._tasks, held_out, config, epoch) if held_out else None
         self._hello = own_hello(config, file_refs(self.policy.published_files()))
-        limits = Limits(
-            run=config.run.name,
-            vocab_size=self.policy.vocab_size,
-            max_tokens=config.sampling.max_tokens,
-            max_prompt_tokens=self._room,
-            max_entry_bytes=config.redis.max_entry_mib * 2**20,
-            stamp=self._hello.stamp,
-            max_environment_tokens=config.environment.room,
-        )
-        staleness = StalenessRule(
-            max_staleness=config.learner.max_staleness,
-            policy=config.learner.staleness_policy,
-            decay=config.learner.staleness_decay,
-            branch=self.step,
-        )
+        limits = Limits.of(config, self.policy.vocab_size, self._room, self._hello.stamp)
+        staleness = StalenessRule.of(config.learner, branch=self.step)
         self._reader = RolloutReader(self._redis, config.run.name, fence=self._fence)
         self._intake = Intake(
             self._reader,
@@ -450,6 +439,7 @@ class Learner:
             "cursor": self._dispatcher.cursor,
             "prompts": self._prompts.state(),
             "history": self._history.state(),
+            "evaluation": self._evaluator.state() if self._evaluator else None,
         }
         try:
             self._checkpoints.save(self.step, self.policy.model, self.trainer.optimizer, state)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aspo.config import StalenessPolicy
+from aspo.config import LearnerConfig, StalenessPolicy
 from aspo.schemas import FloatArray, IntArray, PolicyVersion, RolloutGroup
 
 _LEAST_WEIGHT = np.finfo(np.float32).tiny  # a decayed token never counts as a masked one
@@ -49,6 +49,16 @@ class StalenessRule:
     policy: StalenessPolicy = "drop"
     decay: float = 0.5
     branch: int = 0
+
+    @classmethod
+    def of(cls, config: LearnerConfig, *, branch: int) -> StalenessRule:
+        """A run's, in an epoch that began at step `branch`."""
+        return cls(
+            max_staleness=config.max_staleness,
+            policy=config.staleness_policy,
+            decay=config.staleness_decay,
+            branch=branch,
+        )
 
     def staleness_of(self, group: RolloutGroup, current: PolicyVersion) -> int:
         """How many versions the group's oldest token lags behind `current`."""

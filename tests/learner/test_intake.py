@@ -518,6 +518,10 @@ def test_an_evaluation_is_put_off_while_it_costs_more_than_its_share(
     assert not evaluator.due(20, trained=int(cost / 0.05) - 1)
     assert evaluator.due(30, trained=int(cost / 0.05) + 1)
     assert not evaluator.due(40, trained=int(cost / 0.05) + 2), "counted from the one before"
+    restarted = Evaluator(TaskQueue(client, run), SETS[:1], config, epoch=2)
+    restarted.load_state(evaluator.state())
+    assert not restarted.due(40, trained=int(cost / 0.05) + 2), "nor is one free after a restart"
+    assert restarted.due(50, trained=2 * int(cost / 0.05) + 3)
 
 
 def test_only_an_answer_to_the_question_counts(
