@@ -151,6 +151,7 @@ class Trackers:
         self._queue: queue.Queue[Metrics | None] = queue.Queue(_BACKLOG)
         self._opened: dict[str, Tracker] = {}
         self._broken: set[str] = set()
+        self._full = False
         self._thread = threading.Thread(target=self._tell_all, name="trackers", daemon=True)
         if self._kinds:
             self._thread.start()
@@ -163,6 +164,9 @@ class Trackers:
         try:
             self._queue.put_nowait(dict(metrics))
         except queue.Full:
+            if not self._full:
+                self._full = True
+                log.warning("a tracker hangs, and holds up the others; training goes on, and metrics.jsonl")
             self.failures += 1
 
     def close(self, timeout_s: float = _CLOSE_S) -> None:
