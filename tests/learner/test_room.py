@@ -64,5 +64,11 @@ def test_the_peak_is_said_beside_what_was_predicted_once(
     assert measured == pytest.approx(room.measured / 2**30, rel=0.1)
 
 
+def test_a_model_that_cannot_be_sized_is_for_the_loading_to_say(tmp_path: Path) -> None:
+    odd = Qwen3Config(hidden_act="nonesuch")
+    odd.save_pretrained(tmp_path / "odd")
+    assert Room.foresee(write_config(tmp_path, model=tmp_path / "odd"), ALONE) is None
+
+
 def test_a_model_that_is_not_there_is_for_the_loading_to_say(tmp_path: Path) -> None:
     assert Room.foresee(write_config(tmp_path, model=tmp_path / "none"), ALONE) is None
