@@ -11,12 +11,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 
-from crashing import Outcome, Project, nothing_is_left
+from crashing import Outcome, Project, ends_well, nothing_is_left, run_undisturbed
 from project import step_of
 from scripted import ScriptedActor
 from services import Service, wait_until
@@ -52,6 +53,20 @@ def test_a_learner_killed_at_every_step_trains_as_if_it_had_not_died(
         path.name.split("-")[-2] for path in (project.runs / "state" / "weights" / "manifests").iterdir()
     }
     assert str(len(FAILPOINTS) + 1) in epochs
+
+
+@pytest.mark.faults
+def test_a_learner_of_adapters_killed_now_and_then_trains_as_if_it_had_not_died(
+    project: Project, tmp_path: Path, client: redis.Redis, redis_url: str
+) -> None:
+    lora = ("learner.lora.rank=2", "learner.learning_rate=0.01")
+    undisturbed = run_undisturbed(tmp_path / "undisturbed", redis_url, *lora)
+    with ScriptedActor(redis_url, project.run, project.runs):
+        for failpoint in ("step.trained:2", "publish.stored:3", "checkpoint.shard:2", "checkpoint.renamed:1"):
+            learner = project.learner(*lora, failpoint=failpoint)
+            assert learner.wait(60) == -signal.SIGKILL, f"{failpoint} was not reached:\n{learner.text}"
+        ends_well(project, project.learner(*lora), client, undisturbed)
+    assert (project.runs / "adapter" / "adapter_model.safetensors").exists()
 
 
 def test_a_zombie_is_refused_everywhere_and_exits(
