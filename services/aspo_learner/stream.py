@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import re
 import secrets
 import time
@@ -21,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from aspo.http import ApiError
@@ -83,16 +83,19 @@ class Feed:
             yield encode("step", metrics, f"{self._instance}-{number}")
 
     async def _watch(self, closing: asyncio.Event) -> None:
-        """Tell all streams what is new, until the last of them or the server closes."""
-        while self._streams and not closing.is_set():
-            steps, told, self._latest, took = await run_in_threadpool(self._look)
-            self._told = told  # together with telling: who joins meanwhile misses nothing
-            self._tell(steps + self._latest)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(closing.wait(), min(max(LOOK_EVERY_S, took / _SHARE), LOOK_AT_LEAST_S))
-        self._latest = b""
-        for queue in list(self._streams):
-            self._end(queue)
+        """Tell all streams what is new, until the last of them, the server closes, or a look fails."""
+        try:
+            while self._streams and not closing.is_set():
+                steps, told, self._latest, took = await run_in_threadpool(self._look)
+                self._told = told  # together with telling: who joins meanwhile misses nothing
+                self._tell(steps + self._latest)
+                pause = min(max(LOOK_EVERY_S, took / _SHARE), LOOK_AT_LEAST_S)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(closing.wait(), pause)
+        finally:  # nobody is left with a stream that nothing comes by
+            self._latest = b""
+            for queue in list(self._streams):
+                self._end(queue)
 
     def _look(self) -> tuple[bytes, int, bytes, float]:
         """The steps that are new, up to which, the status, and the seconds of the CPU that it took."""
@@ -150,8 +153,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 def encode(event: str, data: Mapping[str, object], event_id: str = "") -> bytes:
-    """Encode one event."""
-    return _frame(event, json.dumps(data, separators=(",", ":")).encode(), event_id)
+    """Encode one event; a figure that is no number, as of no tokens at all, is null: JSON has no NaN."""
+    return _frame(event, to_json(data, inf_nan_mode="null"), event_id)
 
 
 def _frame(event: str, data: bytes, event_id: str = "") -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from pydantic import SecretStr
+from pydantic import BaseModel, SecretStr
 
 from aspo.config import AuthConfig
 from aspo_learner import stream
@@ -173,6 +174,24 @@ def test_events_tell_every_step_once_and_go_on_where_a_client_was(tmp_path: Path
             assert [next_of(answer, "step")[0]["step"] for _ in range(2)] == [4.0, 5.0]
         with following(server.url, "00000000-3") as answer:
             assert not event(answer)[1]["resumed"], "another learner's number"
+
+
+def test_a_figure_that_is_no_number_is_told_as_json() -> None:
+    told = stream.encode("step", {"step": 3.0, "clip_fraction_pos": float("nan"), "grad_norm": float("inf")})
+    head, data = told.decode().splitlines()[:2]
+    assert head == "event: step"
+    strict = json.loads(data.removeprefix("data: "), parse_constant=pytest.fail)
+    assert strict == {"step": 3.0, "clip_fraction_pos": None, "grad_norm": None}
+
+
+async def test_a_look_that_fails_ends_the_streams(caplog: pytest.LogCaptureFixture) -> None:
+    def status() -> BaseModel:
+        raise OSError("the disk is on fire")
+
+    feed, closing = stream.Feed(History(list), status, "r"), asyncio.Event()
+    queue = feed.join(None, closing)
+    assert b"event: hello" in await queue.get()
+    assert await asyncio.wait_for(queue.get(), 5) == b""
 
 
 def test_streams_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
