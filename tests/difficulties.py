@@ -9,6 +9,13 @@ from typing import Any
 from aspo_actor.environments import Step
 
 
+class Unreadable:
+    """What can be pickled, and not be read again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("not a number",)
+
+
 class Difficult:
     """Does what the model says."""
 
@@ -28,6 +35,8 @@ class Difficult:
             "object": Step(object(), "a"),
             "large": Step(bytes(2**21), "a"),
             "long": Step(state, "a" * 2**19),
+            "foreign": Step(state, [{"role": "user", "content": "a", "by": Unreadable()}]),
+            "huge": Step(state, [{"role": "user", "content": "a", "name": "a" * 2**21}]),
             "messages": Step(state, [{"role": "user", "content": "a"}]),
         }
         return replies.get(completion, Step(state | {"score": 0.5}, done=True))

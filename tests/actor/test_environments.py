@@ -152,7 +152,8 @@ def difficult() -> Iterator[EnvironmentHost]:
 
 
 async def test_an_environment_that_fails_costs_its_own_conversation(difficult: EnvironmentHost) -> None:
-    faults = ["raise", "hang", "die", "none", "silent", "object", "large", "long", "messages"]
+    faults = ["raise", "hang", "die", "none", "silent", "object", "large", "long"]
+    faults += ["foreign", "huge", "messages"]
     before = difficult.failures
     talks = [conversations(ScriptedEngine(line), difficult).hold(make_task()) for line in [*faults, "well"]]
     *failed, well = [found for [found] in await asyncio.gather(*talks)]

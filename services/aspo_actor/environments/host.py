@@ -171,13 +171,23 @@ def _checked(step: Any) -> Answer | str:
         return f"its state is not plain data: {error}"
     if len(state) > MAX_STATE:
         return f"its state has {len(state)} bytes; at most {MAX_STATE} are kept"
-    reply: str | list[Message]
-    reply = step.reply if isinstance(step.reply, str) else [dict(message) for message in step.reply]
-    if not step.done and not reply:
+    if not step.done and not step.reply:
         return "it neither replied nor ended the conversation"
-    if len(text_of(reply)) > MAX_REPLY:
-        return f"its reply has {len(text_of(reply))} characters; at most {MAX_REPLY} are taken"
-    return Answer(state, reply, bool(step.done))
+    return _with_reply(state, step)
+
+
+def _with_reply(state: bytes, step: Step) -> Answer | str:
+    """The answer, its reply made plain: what else is in it may not survive the way to the actor."""
+    said = str(step.reply) if isinstance(step.reply, str) else [dict(message) for message in step.reply]
+    try:
+        packed = msgspec.json.encode(said)
+    except (TypeError, RecursionError) as error:
+        return f"its reply is not plain data: {error}"
+    if len(text_of(said)) > MAX_REPLY:
+        return f"its reply has {len(text_of(said))} characters; at most {MAX_REPLY} are taken"
+    if len(packed) > MAX_STATE:
+        return f"its messages have {len(packed)} bytes; at most {MAX_STATE} are taken"
+    return Answer(state, msgspec.json.decode(packed), bool(step.done))
 
 
 def text_of(reply: str | Sequence[Message]) -> str:
