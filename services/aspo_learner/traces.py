@@ -84,7 +84,8 @@ class Tracer:
         for indices, traces in self._found:
             on_cpu = traces.float().cpu().numpy().astype(np.float32)
             for row, index in enumerate(indices):
-                yield index, on_cpu[:, row, : len(self._sequences[index].completion_ids)]
+                length = len(self._sequences[index].completion_ids)
+                yield index, on_cpu[:, row, :length].copy()  # a view would keep the padding, too
 
 
 def token_weights(

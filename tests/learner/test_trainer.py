@@ -154,6 +154,7 @@ def test_traces_tell_each_tokens_log_prob_and_weight(
         np.testing.assert_allclose(trace.weights, weights, rtol=1e-3)
         np.testing.assert_allclose(trace.logprobs[trained], logprobs[trained], atol=1e-4)
         assert np.isnan(trace.logprobs[~trained]).all()
+        assert trace.weights.base.nbytes == 8 * len(weights), "none of the micro-batch's padding is kept"
         assert trace.advantage == pytest.approx(0.866 * (1 if key[1] % 2 else -1), abs=0.2)
 
 
