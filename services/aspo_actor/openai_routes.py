@@ -18,8 +18,11 @@ from aspo.http import ApiError, Scope, require
 
 VERSION_HEADER = "aspo-version"
 _MOST_LOGPROBS = 5  # a token; they are put into words in the loop that feeds the engine
+_MOST_STOPS = 16  # each is looked for after every token, in the same loop
 _Text = Annotated[str, Field(min_length=1)]
 _TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
+_ManyTokenIds = Annotated[list[_TokenIds], Field(min_length=1)]
+_Stops = Annotated[list[_Text], Field(max_length=_MOST_STOPS)]
 _Penalty = Annotated[float, Field(ge=-2, le=2)]
 _STREAMS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
@@ -44,7 +47,7 @@ class Asked(BaseModel):
     frequency_penalty: _Penalty = 0.0
     presence_penalty: _Penalty = 0.0
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: _Text | list[_Text] | None = None
+    stop: _Text | _Stops | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="Not looked at.")
@@ -59,7 +62,7 @@ class Asked(BaseModel):
 class CompletionAsked(Asked):
     """A request for completions of texts or token ids."""
 
-    prompt: _Text | _TokenIds | Annotated[list[_Text], Field(min_length=1)] | list[_TokenIds]
+    prompt: _Text | _TokenIds | Annotated[list[_Text], Field(min_length=1)] | _ManyTokenIds
     max_tokens: int = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=_MOST_LOGPROBS)
     echo: bool = Field(False, description="Give the prompt, too; with `max_tokens` 0 nothing else.")
