@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
@@ -179,7 +180,8 @@ def require(scope: Scope) -> Any:
         auth: AuthConfig = request.app.state.auth
         tokens = auth.tokens
         if not tokens:
-            return  # `Server` has made sure that only loopback addresses are served
+            _require_local(request)  # `listen` has made sure that only loopback addresses are served
+            return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         given = given.strip() if scheme.lower() == "bearer" else ""
         accepted = [tokens[s.value] for s in _GRANTED[scope] if s.value in tokens]
@@ -194,6 +196,25 @@ def require(scope: Scope) -> Any:
             )
 
     return Depends(check)
+
+
+def _require_local(request: Request) -> None:
+    """Raise ApiError for what a foreign page has a browser on this machine send.
+
+    Such a page may have its own name resolve to loopback, or send a form here: either shows in the headers.
+    """
+    host, origin = request.headers.get("host", ""), request.headers.get("origin")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        name = ""
+    if not _is_loopback(name) or (origin is not None and origin.partition("://")[2] != host):
+        raise ApiError(
+            403,
+            "not_local",
+            "without tokens, only requests to loopback by its name or address are answered",
+            "ask 127.0.0.1, or set tokens under [auth]",
+        )
 
 
 def blob_ticket(token: str, digest: str) -> str:

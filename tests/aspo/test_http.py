@@ -224,6 +224,33 @@ def test_the_operator_decides_what_is_live(tmp_path: Path) -> None:
         assert post("/v1/weights/r/1/2/report", {**report, "kl": "nan"}) == 422
 
 
+def test_without_tokens_foreign_pages_are_not_answered(tmp_path: Path) -> None:
+    learner = StubLearner()
+    app = learner_app(learner, WeightStore(tmp_path))
+    app.state.auth = AuthConfig()
+    with Server(app, listen("127.0.0.1", 0, AuthConfig())) as server:
+        here = server.url.removeprefix("http://")
+
+        def pause(**headers: str) -> tuple[bool, str]:
+            learner.controls.running.set()
+            request = urllib.request.Request(f"{server.url}/v1/pause", method="POST", headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=10) as response:
+                    said = response.read().decode()
+            except urllib.error.HTTPError as error:
+                said = error.read().decode()
+            return not learner.controls.running.is_set(), said
+
+        own = [{}, {"Host": "localhost:1"}, {"Host": "[::1]"}, {"Origin": server.url}]
+        assert [pause(**headers)[0] for headers in own] == [True] * len(own)
+        hosts = [f"rebound.example:{here.rpartition(':')[2]}", "127.0.0.1.example", "0.0.0.0", "["]
+        origins = ["http://elsewhere.example", "http://127.0.0.1:1", "null"]
+        foreign = [{"Host": host} for host in hosts] + [{"Origin": origin} for origin in origins]
+        for headers in foreign:
+            paused, said = pause(**headers)
+            assert (paused, json.loads(said)["error"]["code"]) == (False, "not_local"), headers
+
+
 def test_a_public_address_needs_tokens_and_a_port_must_be_free() -> None:
     with pytest.raises(ServeError, match=r"refusing to serve on 0\.0\.0\.0 without tokens"):
         listen("0.0.0.0", 0, AuthConfig())
