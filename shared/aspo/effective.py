@@ -21,7 +21,10 @@ from aspo.queue import url_without_password
 
 DEFAULT = "default"
 HIDDEN = "***"
-_SECRET_KEY = re.compile(r"(?:^|[._-])(?:\w*token|\w*secret|\w*password|(?:\w*_)?key)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(?:^|[._-])(?:\w*(?:token|secret|passw(?:or)?d|passphrase|credentials?|authorization|api_?key)|(?:\w*_)?key)$",
+    re.IGNORECASE,
+)
 _SECRET_SECTION = "auth."
 # Tables whose keys are not ours to know.
 _FREE = re.compile(r"(?:^|\.)(?:options|extra)\.|^trackers\.")

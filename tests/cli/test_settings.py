@@ -25,7 +25,9 @@ path = "questions.jsonl"
 [redis]
 url = "rediss://learner:hunter2@redis:6379/0?password=hunter2"
 [reward]
-options = { api_key = "hunter2", max_tokens = 8, nested = { auth_token = "hunter2" } }
+options = { api_key = "hunter2", max_tokens = 8, nested = { auth_token = "hunter2" }, apikey = "hunter2" }
+[environment]
+options = { headers = { Authorization = "hunter2" } }
 [trackers]
 wandb = { anonymous_key = "hunter2" }
 [auth]
