@@ -6,6 +6,7 @@ supervisor knows a user's mistake from a crash.
 
 from __future__ import annotations
 
+import os
 import sys
 import uuid
 
@@ -30,7 +31,9 @@ def run_ranks(size: int, arguments: list[str]) -> int:
         shutdown_timeout=SHUTDOWN_S,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "aspo_cli", "learner", *arguments)
+        # Each has a session of its own: whoever kills ours would leave them with the run and the devices.
+        bound = ("-m", "aspo_cli.bound", str(os.getpid()), sys.executable)
+        elastic_launch(config, sys.executable)(*bound, "-m", "aspo_cli", "learner", *arguments)
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         return code if code > 0 else 128 - code

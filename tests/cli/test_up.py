@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -105,6 +107,30 @@ def test_a_learner_of_two_ranks_comes_back_when_one_dies(
     assert ranked_up.stop(signal.SIGINT) == 130, ranked_up.text
     assert list((folder / "state" / "checkpoints").resolve().glob("*/model-00001-of-00002.safetensors"))
     assert pids_of_session(project) == []
+
+
+def test_a_launcher_of_ranks_that_is_killed_takes_them_with_it(tmp_path: Path) -> None:
+    hang = "import sys, time\nif sys.orig_argv[2:4] == ['aspo_cli', 'learner']:\n    time.sleep(60)\n"
+    (tmp_path / "sitecustomize.py").write_text(hang)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "aspo_cli.ranks", "2", "--config", "my.toml"]
+    launcher = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path})
+    try:
+        wait_until(lambda: len(children_of(launcher.pid)) == 2, 60)
+        ranks = children_of(launcher.pid)
+        wait_until(lambda: all(b"-m\0aspo_cli\0learner" in command_of(pid) for pid in ranks), 30)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    wait_until(lambda: not any(command_of(pid) for pid in ranks), 10)
+
+
+def command_of(pid: int) -> bytes:
+    """The command line of a process, nothing for one that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.mark.faults
