@@ -119,6 +119,8 @@ class Cluster:
         _run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", namespace)
         _run("ip", "link", "set", near, "master", self._bridge, "up")
         _run("ip", "-n", namespace, "address", "add", f"{self.address(name)}/24", "dev", far)
+        # Else the kernel looks for neighbours by IPv6, which nobody here speaks.
+        _run(*self.within(name), "sysctl", "--write", "net.ipv6.conf.all.disable_ipv6=1")
         for device in ("lo", far):
             _run("ip", "-n", namespace, "link", "set", device, "up")
         if name in self._walled:
