@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from aspo.queue import connect
 from services import redis_server
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+# A shell has what it starts in the background ignore it, and so would every process of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

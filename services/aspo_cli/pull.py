@@ -52,12 +52,18 @@ def verify_version(url: str, token: str | None, version: str | None) -> str:
 @contextlib.contextmanager
 def scratch_folder(prefix: str, parent: Path | None = None) -> Iterator[Path]:
     """A folder that is gone afterwards; SIGTERM, too, ends what goes on in it as Ctrl-C does."""
-    former = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    former = signal.signal(signal.SIGTERM, _end)
     try:
         with tempfile.TemporaryDirectory(dir=parent, prefix=prefix) as folder:
             yield Path(folder)
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def _end(*_: object) -> None:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 async def _with_client(url: str, token: str | None, scratch: Path, version: str | None, work: Any) -> Any:

@@ -42,10 +42,29 @@ def stalled(tmp_path: Path) -> Iterator[tuple[str, threading.Event]]:
         yield server.url, begun
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
+@pytest.fixture
+def in_background() -> Iterator[None]:
+    """What is started ignores SIGINT, as a shell has its background do."""
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
+def test_a_pull_in_the_background_is_ended_too(
+    in_background: None, stalled: tuple[str, threading.Event], tmp_path: Path
+) -> None:
+    end_a_pull(stalled, tmp_path, signal.SIGTERM)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_pull_that_is_ended_leaves_nothing_behind(
     stalled: tuple[str, threading.Event], tmp_path: Path, signum: signal.Signals
 ) -> None:
+    end_a_pull(stalled, tmp_path, signum)
+
+
+def end_a_pull(stalled: tuple[str, threading.Event], tmp_path: Path, signum: signal.Signals) -> None:
     url, begun = stalled
     folder = tmp_path / "models"
     pull = Service(tmp_path, "weights", "pull", "models/mine", "--learner", url)
