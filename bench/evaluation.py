@@ -21,8 +21,8 @@ from typing import Any
 
 from aspo.config import EvalConfig, LearnerConfig
 from aspo_cli import demo_model
-from aspo_cli.demo import write_config
-from aspo_cli.processes import Processes, redis_command, wait_for_port
+from aspo_cli.demo import service_of, write_config
+from aspo_cli.processes import Processes
 
 WARM_UP_STEPS = 10  # half a period at the defaults: an evaluation that begins then also ends in it
 
@@ -32,7 +32,7 @@ def run(folder: Path, problems: Path, evaluate: bool, arguments: argparse.Namesp
     folder.mkdir()
     for name in ("initial-model", "train.jsonl", "held_out.jsonl"):
         (folder / name).symlink_to(problems / name)
-    ports = write_config(folder, seed=0, evaluate=evaluate)
+    write_config(folder, seed=0, evaluate=evaluate)
     measured = arguments.periods * arguments.every
     overrides = [
         f"learner.steps={WARM_UP_STEPS + measured}",
@@ -49,13 +49,8 @@ def run(folder: Path, problems: Path, evaluate: bool, arguments: argparse.Namesp
             f"eval.max_share={default.max_share}",
             "eval.min_steps=1000000",  # never done early
         ]
-    flags = [part for override in overrides for part in ("--set", override)]
     with Processes(folder / "logs") as parts:
-        parts.start("redis", redis_command(folder / "redis", ports["redis_port"]))
-        wait_for_port(ports["redis_port"], 10)
-        for name in ("learner", "actor"):
-            command = [sys.executable, "-m", "aspo_cli", name, "--config", str(folder / "config.toml")]
-            parts.start(name, [*command, *flags])
+        service_of(folder, overrides).start(parts)
         while not parts.finished("learner"):
             time.sleep(0.2)
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

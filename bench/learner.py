@@ -35,11 +35,11 @@ from aspo.config import Config, load_config
 from aspo.schemas import RolloutGroup, VersionSpan
 from aspo.weights.store import WeightStore
 from aspo_cli.demo_model import make_tokenizer
+from aspo_learner.forecast import uses_bf16
 from aspo_learner.memory import Shape, shape_of_config
 from aspo_learner.policy import Policy, load_policy
 from aspo_learner.publisher import Publisher
 from aspo_learner.ranks import Ranks, pick_device
-from aspo_learner.room import uses_bf16
 from aspo_learner.trainer import Trainer
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -170,7 +170,7 @@ class Bench:
         whole = self.step()
         self.trainer.phases.seconds = None
         split = {name: taken / whole for name, taken in seconds.items()}
-        room = self.policy.room
+        room = self.policy.forecast
         assert room is not None, "the shape of a Qwen3 is known"
         return {
             "split": split | {"other": 1 - sum(split.values())},

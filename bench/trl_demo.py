@@ -40,8 +40,8 @@ from trl_peer.environment import Peer
 from aspo.config import Config, load_config
 from aspo_cli import demo_model
 from aspo_cli.ask import LearnerUnreachable
-from aspo_cli.demo import write_config
-from aspo_cli.processes import Processes, redis_command, wait_for_port
+from aspo_cli.demo import service_of, write_config
+from aspo_cli.processes import Processes
 from aspo_cli.status import fetch_status
 
 POLL_S = 0.25
@@ -51,7 +51,7 @@ MAX_BATCHES = 300
 
 def ours(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the service until the target; seconds from the first training prompt on, and the curve."""
-    ports = write_config(folder, seed)
+    write_config(folder, seed)
     overrides = [
         f"eval.every={EVALUATE_EVERY}",
         f"eval.stop_accuracy={arguments.target}",
@@ -60,15 +60,10 @@ def ours(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, An
         f"learner.steps={MAX_BATCHES}",
         *arguments.set,
     ]
-    config = load_config(folder / "config.toml", overrides)
-    flags = [part for override in overrides for part in ("--set", override)]
+    service = service_of(folder, overrides)
     with Processes(folder / "logs") as parts:
-        parts.start("redis", redis_command(folder / "redis", ports["redis_port"]))
-        wait_for_port(ports["redis_port"], 10)
-        for name in ("learner", "actor"):
-            command = [sys.executable, "-m", "aspo_cli", name, "--config", str(folder / "config.toml")]
-            parts.start(name, [*command, *flags])
-        return follow(parts, config, arguments.target)
+        service.start(parts)
+        return follow(parts, service.config, arguments.target)
 
 
 def follow(parts: Processes, config: Config, target: float) -> dict[str, Any]:

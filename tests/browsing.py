@@ -26,7 +26,7 @@ from aspo.weights.store import WeightStore
 from aspo_learner.app import Controls, LearnerStatus, TrialStatus, build_app
 from aspo_learner.live import Live
 from aspo_learner.releases import Releases
-from aspo_learner.traces import TokenTrace
+from aspo_learner.token_traces import TokenTrace
 from versions import FILES, tensors, version
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -15,8 +15,6 @@ from typing import Any
 from aspo_cli.processes import free_port, redis_command, wait_for_port
 from forking import QUIET, forkserver
 
-BUSY = 4.0  # a deadline is there to end what hangs, not to time what works
-
 
 class RedisServer:
     """A real redis-server as the demo runs it, but for the options; it may be killed and started again.
@@ -92,9 +90,9 @@ class Service:
             )
 
     def wait(self, timeout_s: float) -> int:
-        """Wait for the exit code; fails with the log when it does not come in `BUSY` times the time."""
+        """Wait for the exit code; fails with the log when it does not come."""
         try:
-            return self.process.wait(BUSY * timeout_s)
+            return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s} s:\n{self.text}") from None
 
@@ -156,11 +154,8 @@ def run_forked(folder: Path, log: Path, arguments: tuple[str, ...], environment:
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float, services: tuple[Service, ...] = ()) -> Any:
-    """Poll until `condition` gives something true; fails when a service dies or the time is up.
-
-    The time is what a machine of one's own takes at worst; other programs may make it `BUSY` times as long.
-    """
-    deadline = time.monotonic() + BUSY * timeout_s
+    """Poll until `condition` gives something true; fails when a service dies or the time is up."""
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := condition():
             return found

@@ -15,7 +15,6 @@ import shutil
 import signal
 import socket
 import zlib
-from collections.abc import Iterator
 
 import redis
 
@@ -30,9 +29,8 @@ from aspo.weights.client import Mirror, WeightClient, export
 from aspo.weights.manifest import Manifest, Plan, WeightsError
 from aspo_actor.app import build_app
 from aspo_actor.engine import RolloutEngine
-from aspo_actor.environments.conversation import Conversations
+from aspo_actor.environments.conversation import conversations_with, hosting
 from aspo_actor.environments.host import EnvironmentHost
-from aspo_actor.environments.replies import Replies
 from aspo_actor.guests import Guests
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.trial import Trials
@@ -139,7 +137,8 @@ class Actor:
 
     async def _serve(self, client: WeightClient) -> None:
         leaving = asyncio.create_task(self._leave.wait())
-        with Scorer(self._config.reward, self._config.data.reward_columns) as scorer, self._hosting():
+        scoring = Scorer(self._config.reward, self._config.data.reward_columns)
+        with scoring as scorer, hosting(self._config.environment) as self._host:
             self._scorer = scorer
             starting = asyncio.create_task(self._start_engine(client))
             await asyncio.wait({leaving, starting}, return_when=asyncio.FIRST_COMPLETED)
@@ -167,7 +166,7 @@ class Actor:
             scorer,
             self._sync,
             self._hello.stamp,
-            await self._conversations(engine),
+            await conversations_with(self._host, engine, self._config),
         )
         if self._config.canary.enabled:
             self._worker.on_group = trials.saw
@@ -189,23 +188,6 @@ class Actor:
             task.cancel()
         for job in failed:
             job.result()
-
-    @contextlib.contextmanager
-    def _hosting(self) -> Iterator[None]:
-        """Hold the environment's processes ready, if there is one."""
-        if self._config.environment.function is None:
-            yield
-            return
-        with EnvironmentHost(self._config.environment) as self._host:
-            yield
-
-    async def _conversations(self, engine: RolloutEngine) -> Conversations | None:
-        if self._host is None:
-            return None
-        await self._host.check()
-        config = self._config.environment
-        replies = Replies(engine.tokenizer, self._config.data, config.role)
-        return Conversations(engine, self._host, replies, config)
 
     async def _start_engine(self, client: WeightClient) -> RolloutEngine:
         plan = await self._first_plan(client)

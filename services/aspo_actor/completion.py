@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -39,6 +40,12 @@ class Completion:
             return self.token_ids
         parts = np.split(self.token_ids, np.cumsum(self.runs)[:-1])
         return np.concatenate(parts[::2])
+
+
+def decode(tokenizer: Any, token_ids: Sequence[int] | IntArray) -> str:
+    """The text of tokens, special ones left out."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
 @dataclass(frozen=True, slots=True)

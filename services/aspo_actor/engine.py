@@ -30,7 +30,7 @@ import numpy as np
 from aspo.config import ConfigError, EngineConfig
 from aspo.schemas import FloatArray, VersionSpan
 from aspo_actor.channel import Channel
-from aspo_actor.completion import Completion, UpdateTimings
+from aspo_actor.completion import Completion, UpdateTimings, decode
 from aspo_actor.engine_settings import (
     check_request,
     import_vllm,
@@ -39,9 +39,7 @@ from aspo_actor.engine_settings import (
     scoring_params,
     start_client,
 )
-from aspo_actor.errors import EngineError as EngineError
-from aspo_actor.errors import NotFiniteError
-from aspo_actor.errors import WeightsRefusedError as WeightsRefusedError
+from aspo_actor.errors import EngineError, NotFiniteError, WeightsRefusedError
 
 if TYPE_CHECKING:
     from vllm import SamplingParams
@@ -479,10 +477,7 @@ class RolloutEngine:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Decode tokens, special ones left out."""
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
+        return decode(self._tokenizer, token_ids)
 
     def _require_healthy(self) -> None:
         if not self.healthy:

@@ -178,9 +178,12 @@ def _params(**kwargs: Any) -> SamplingParams:
 
 def _spread(seed: int | None) -> int | None:
     """Scatter seeds: vLLM gives sample i of a group seed + i, so neighbouring seeds would share samples."""
-    if seed is None:
-        return None
-    return int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> np.uint64(2))
+    return None if seed is None else seed_from(seed)
+
+
+def seed_from(*numbers: int) -> int:
+    """A seed of its own for each combination of numbers, the same every time."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def one_line(error: BaseException) -> str:

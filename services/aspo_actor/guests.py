@@ -19,8 +19,9 @@ from uuid import uuid4
 
 from aspo.config import Config
 from aspo.http import ApiError
-from aspo_actor.engine import EngineError, RolloutEngine
+from aspo_actor.engine import RolloutEngine
 from aspo_actor.engine_settings import one_line
+from aspo_actor.errors import EngineError
 from aspo_actor.openai_routes import Asked, ChatAsked, CompletionAsked
 
 if TYPE_CHECKING:

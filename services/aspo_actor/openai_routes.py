@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from aspo.http import ApiError, Scope, require
+from aspo.http import ApiError, Scope, disconnected, require
 
 VERSION_HEADER = "aspo-version"
 _MOST_LOGPROBS = 5  # a token; they are put into words in the loop that feeds the engine
@@ -171,12 +171,7 @@ async def _chained(first: str, others: AsyncGenerator[str]) -> AsyncIterator[str
 
 async def _unless_gone(work: Any, request: Request) -> Any:
     """Wait for `work`, and give it up when the client hangs up: its completions would go on for nobody."""
-
-    async def hung_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, waiting = asyncio.ensure_future(work), asyncio.create_task(hung_up())
+    working, waiting = asyncio.ensure_future(work), asyncio.create_task(disconnected(request.receive))
     try:
         await asyncio.wait({working, waiting}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

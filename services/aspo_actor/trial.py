@@ -23,7 +23,8 @@ from aspo.config import CanaryConfig, ConfigError
 from aspo.schemas import FloatArray, RolloutGroup
 from aspo.weights.client import WeightClient
 from aspo.weights.manifest import WeightsError
-from aspo_actor.engine import EngineError, RolloutEngine
+from aspo_actor.engine import RolloutEngine
+from aspo_actor.errors import EngineError
 
 log = logging.getLogger(__name__)
 _SEQUENCES = 8

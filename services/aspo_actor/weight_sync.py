@@ -19,7 +19,8 @@ from aspo.weights.client import Mirror, PullStats, Update, VersionGone, WeightCl
 from aspo.weights.manifest import WeightsError
 from aspo.weights.state import tensor_digest
 from aspo_actor.completion import UpdateTimings
-from aspo_actor.engine import EngineError, RolloutEngine, WeightsRefusedError
+from aspo_actor.engine import RolloutEngine
+from aspo_actor.errors import EngineError, WeightsRefusedError
 from aspo_actor.patch import write_patch
 from aspo_actor.trial import Trials
 

@@ -18,8 +18,9 @@ from aspo.queue import Claim, RolloutWriter, TaskQueue
 from aspo.schemas import RolloutGroup, Task
 from aspo.tracing import Traces
 from aspo_actor.completion import Completion
-from aspo_actor.engine import EngineError, RolloutEngine
+from aspo_actor.engine import RolloutEngine
 from aspo_actor.environments.conversation import Conversations, sample_task
+from aspo_actor.errors import EngineError
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer, Scores
 from aspo_actor.weight_sync import WeightSync

@@ -90,28 +90,34 @@ min_steps = 50
 """
 
 
-def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
-    """Run the demo and return the exit code."""
-    console = Console()
-    folder = _fresh_folder(runs / name, console)
-    write_config(folder, seed)
-    config = load_config(folder / "config.toml", overrides)
-    if config.run.path != folder:
-        raise ConfigError("the demo's run.name and run.dir are set by --name and --runs")
-    service = Service(
+def service_of(folder: Path, overrides: list[str]) -> Service:
+    """The demo's processes, by the config that `write_config` has left in a folder."""
+    path = folder / "config.toml"
+    config = load_config(path, overrides)
+    return Service(
         config=config,
-        path=folder / "config.toml",
+        path=path,
         overrides=overrides,
         shares=split_cores(usable_cores(), actors=1),
         own_redis=is_plain_loopback(config.redis.url),
         restarts=0,  # what dies in a demo is to be seen
     )
+
+
+def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
+    """Run the demo and return the exit code."""
+    console = Console()
+    folder = _fresh_folder(runs / name, console)
+    write_config(folder, seed)
+    service = service_of(folder, overrides)
+    if service.config.run.path != folder:
+        raise ConfigError("the demo's run.name and run.dir are set by --name and --runs")
     try:
         with ended_by_signals():
             _prepare(folder, seed, console)
             with Processes(folder / "logs") as parts:
                 service.start(parts)
-                _watch(parts, config, console)
+                _watch(parts, service.config, console)
                 console.print("stopping the actor and Redis", style="dim")
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything is stopped", style="yellow")

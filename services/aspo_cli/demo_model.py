@@ -36,7 +36,9 @@ def write_problems(folder: Path, seed: int) -> None:
         (folder / name).write_text("".join(f"{row}\n" for row in rows))
 
 
-Draw = Callable[[random.Random], tuple[str, str]]  # a problem's prompt, and how the teacher works it
+Draw = Callable[
+    [random.Random, int], list[tuple[str, str]]
+]  # so many prompts, and how the teacher works each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,12 +53,12 @@ class Recipe:
     batch: int
 
 
-def _draw_sum(rng: random.Random) -> tuple[str, str]:
-    prompt = make_problem(rng, held_out=False)["prompt"]
-    return prompt, demonstrate(prompt, rng, forget=FORGET)
+def _draw_sums(rng: random.Random, count: int) -> list[tuple[str, str]]:
+    prompts = [make_problem(rng, held_out=False)["prompt"] for _ in range(count)]
+    return [(prompt, demonstrate(prompt, rng, forget=FORGET)) for prompt in prompts]
 
 
-DEMO = Recipe(characters=CHARACTERS, draw=_draw_sum, layers=3, intermediate_size=512, steps=360, batch=32)
+DEMO = Recipe(characters=CHARACTERS, draw=_draw_sums, layers=3, intermediate_size=512, steps=360, batch=32)
 
 
 def make_model(folder: Path, seed: int, on_step: Callable[[int, float], None], recipe: Recipe = DEMO) -> None:
@@ -125,7 +127,7 @@ def _warm_start(model: Any, tokenizer: Any, recipe: Recipe, seed: int) -> Iterat
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe.steps))
     for _ in range(recipe.steps):
-        drawn = [recipe.draw(rng) for _ in range(recipe.batch)]
+        drawn = recipe.draw(rng, recipe.batch)
         texts = [prompt + completion + EOS for prompt, completion in drawn]
         batch = tokenizer(texts, padding=True, return_tensors="pt")
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -27,11 +27,12 @@ from rich.progress import Progress
 
 from aspo.config import Config, ConfigError, EvalSet, describe_validation_error, load_config
 from aspo.errors import AspoError
-from aspo.schemas import IntArray, Task
+from aspo.schemas import Task
 from aspo.tls import client_context
-from aspo_actor.completion import Completion
+from aspo_actor.completion import Completion, decode
 from aspo_actor.engine import RolloutEngine
-from aspo_actor.environments.conversation import Conversations, conversing, sample_task
+from aspo_actor.engine_settings import seed_from
+from aspo_actor.environments.conversation import Conversations, conversations_with, hosting, sample_task
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer
 from aspo_cli.ask import ask, require_url
@@ -134,7 +135,7 @@ class ActorSampler:
             "temperature": chosen.temperature,
             "return_token_ids": True,
         }
-        seeds = [_seed(seed, number) for number in range(chosen.k)]
+        seeds = [seed_from(seed, number) for number in range(chosen.k)]
         return list(await asyncio.gather(*(self._complete(fields | {"seed": one}) for one in seeds)))
 
     async def _complete(self, fields: dict[str, Any]) -> Completion:
@@ -155,7 +156,7 @@ class ActorSampler:
         """What an evaluation needs of an answer: its tokens and its text."""
         token_ids = np.array(choice["token_ids"], dtype=np.int32)
         logprobs = np.zeros(len(token_ids), dtype=np.float32)
-        text = _decode(self._tokenizer, token_ids)
+        text = decode(self._tokenizer, token_ids)
         return Completion(token_ids, logprobs, (), choice["finish_reason"], text)
 
 
@@ -231,7 +232,8 @@ async def _engine(config: Config, wanted: Wanted, folder: Path, version: str) ->
     sets = _load(config, wanted, tokenizer, length or _UNKNOWN_LENGTH)
     engine = await RolloutEngine.start(folder, config.model.dtype, config.actor.engine, version=version)
     try:
-        async with conversing(engine, config) as conversations:
+        with hosting(config.environment) as host:
+            conversations = await conversations_with(host, engine, config)
             yield _Prepared("engine", EngineSampler(engine, conversations, config), sets, tokenizer)
     finally:
         await engine.close()
@@ -315,10 +317,10 @@ class _Judge:
 
     async def _one(self, prompt: Prompt, chosen: EvalSet) -> dict[str, Any]:
         """What is kept of one prompt: its row, texts, the answers that vote, rewards, lengths."""
-        longest, seed = self.config.sampling.max_tokens, _seed(self.config.run.seed, prompt.row)
+        longest, seed = self.config.sampling.max_tokens, seed_from(self.config.run.seed, prompt.row)
         drawn = await self.prepared.sampler.draw(prompt, chosen, longest, seed)
         texts = [completion.text for completion in drawn]
-        asked = _decode(self.prepared.tokenizer, prompt.token_ids)
+        asked = decode(self.prepared.tokenizer, prompt.token_ids)
         scores = await self.scorer.score(Answers.of(asked, drawn, longest, prompt.reward_inputs))
         self.advance()
         return {
@@ -329,16 +331,6 @@ class _Judge:
             "answers": [final_answer(text, self.config.eval.answer_pattern) for text in texts],
             "completions": texts,
         }
-
-
-def _decode(tokenizer: Any, token_ids: Sequence[int] | IntArray) -> str:
-    text: str = tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return text
-
-
-def _seed(seed: int, number: int) -> int:
-    """A seed of its own for each number, the same at every evaluation."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 def _folder_name(versions: Sequence[str]) -> str:

@@ -122,7 +122,8 @@ def _facts(run: Run) -> dict[str, str]:
     tail = steps[-max(1, len(steps) // 10) :]
     accuracies = [m["accuracy"] for m in steps if "accuracy" in m]
     before, after = run.summary.get("accuracy_before"), run.summary.get("accuracy_after")
-    after = max(accuracies[-1:], default=None) if after is None else after
+    if after is None and accuracies:
+        after = accuracies[-1]
     trained = sum(m.get("train_seconds", 0.0) for m in steps)
     return {
         "steps": f"{last['step']:,.0f}",
@@ -130,9 +131,7 @@ def _facts(run: Run) -> dict[str, str]:
         "completion tokens": f"{sum(m.get('tokens', 0.0) for m in steps):,.0f}",
         "reward, mean of the last tenth": _mean(tail, "reward"),
         "held-out accuracy before": _number(before),
-        "held-out accuracy after": _number(
-            after if after is not None else max(accuracies[-1:], default=None)
-        ),
+        "held-out accuracy after": _number(after),
         "best held-out accuracy": _number(max(accuracies, default=None)),
         "entropy, last tenth": _mean(tail, "entropy"),
         "staleness, mean": _mean(steps, "staleness_mean"),

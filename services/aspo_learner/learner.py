@@ -275,7 +275,7 @@ class Learner:
         reach("step.trained")
         self.step += 1
         self._traces.trained((group.uid for group in groups), self._current, taken=taken, trained=trained)
-        self.live.samples.keep(self.step, groups, self.trainer.traces)
+        self.live.samples.keep(self.step, groups, self.trainer.token_traces)
         self._publish_if_due()
         self._dispatch()
         metrics |= self._publisher.metrics | {

@@ -1,7 +1,7 @@
 """The live page, and what it asks for beyond status and weights.
 
     live = Live(config.run.name, lambda: history.steps, policy.tokenizer)
-    live.samples.keep(step, groups, trainer.traces)     # the training thread's only part in it
+    live.samples.keep(step, groups, trainer.token_traces)     # the training thread's only part in it
 
 The page's own files hold no data and are for anybody: a browser that opens a page sends no token. The page
 asks for a reader's token and sends it with every request for data.

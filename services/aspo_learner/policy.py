@@ -20,9 +20,9 @@ from aspo.weights.state import describe
 from aspo_learner import adapters
 from aspo_learner.attention import PACKED, Packing
 from aspo_learner.batching import MicroBatch
+from aspo_learner.forecast import MemoryForecast, uses_bf16
 from aspo_learner.head import token_logprobs_and_entropy
 from aspo_learner.ranks import ALONE, Fill, Gather, Ranks
-from aspo_learner.room import Room, uses_bf16
 from aspo_learner.sharding import fill, shard, whole
 
 _OTHER = "use a model of another architecture, such as Qwen3 or Llama"
@@ -80,7 +80,7 @@ class Policy:
     ) -> None:
         self._path, self.device, self.ranks = config.path, device, ranks
         self._bf16 = uses_bf16(precision, device)
-        self.room: Room | None = None
+        self.forecast: MemoryForecast | None = None
         self._checkpoint_activations, self._offload, self._lora = checkpoint_activations, offload, lora
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._files: dict[str, bytes] | None = None
@@ -218,7 +218,7 @@ def load_policy(config: Config, ranks: Ranks) -> Policy:
         raise ConfigError(
             "learner.lora trains in one process; start it without torchrun, or unset learner.lora"
         )
-    room = Room.foresee(config, ranks) if ranks.leads else None
+    forecast = MemoryForecast.foresee(config, ranks) if ranks.leads else None
     policy = Policy(
         config.model,
         ranks.device,
@@ -228,7 +228,7 @@ def load_policy(config: Config, ranks: Ranks) -> Policy:
         lora=config.learner.lora,
         ranks=ranks,
     )
-    policy.room = room
+    policy.forecast = forecast
     return policy
 
 

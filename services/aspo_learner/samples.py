@@ -1,8 +1,8 @@
 """Rollouts of the last steps, kept in memory for a person to read.
 
     samples = Samples(policy.tokenizer)
-    samples.keep(step, groups, trainer.traces)      # by the training thread: references, nothing is decoded
-    samples.find(Query(text="carry"))               # by others
+    samples.keep(step, groups, trainer.token_traces)    # by the training thread; nothing is decoded
+    samples.find(Query(text="carry"))                   # by others
 
 Text is decoded when it is first asked for.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, Field
 
 from aspo.schemas import FloatArray, IntArray, RolloutGroup, VersionSpan
-from aspo_learner.traces import TRACED_GROUPS, TokenTrace
+from aspo_learner.token_traces import TRACED_GROUPS, TokenTrace
 
 KEPT = 5000  # rollouts
 KEPT_TOKENS = 2**21  # about 40 MB

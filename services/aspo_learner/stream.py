@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
-from aspo.http import ApiError
+from aspo.http import ApiError, disconnected
 from aspo_learner.history import History
 
 MAX_STREAMS = 32
@@ -132,7 +132,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send what comes as it comes."""
         sending = asyncio.ensure_future(self._send(send))
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         try:
             await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -145,11 +145,6 @@ class EventStream(Response):
         while news := await self._queue.get():
             await send({"type": "http.response.body", "body": news, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def encode(event: str, data: Mapping[str, object], event_id: str = "") -> bytes:

@@ -34,7 +34,7 @@ from aspo_learner.phases import Phases
 from aspo_learner.policy import Policy
 from aspo_learner.ranks import Forget, Ranks, Resume, Train
 from aspo_learner.sharding import sum_over_copies
-from aspo_learner.traces import TokenTrace, Tracer
+from aspo_learner.token_traces import TokenTrace, Tracer
 
 log = logging.getLogger(__name__)
 INERT_RATIO = 1e-6
@@ -54,7 +54,7 @@ class Trainer:
         self._reference = policy.reference() if config.loss.kl_coefficient > 0 else None
         self.updater = Updater(policy.trained(), config.learner)
         self._random = np.random.default_rng([config.run.seed, 1])
-        self.traces: dict[tuple[str, int], TokenTrace] = {}
+        self.token_traces: dict[tuple[str, int], TokenTrace] = {}
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -70,8 +70,8 @@ class Trainer:
         """Train on one batch of groups; uninformative groups (all rewards equal) are left out and counted.
 
         `weights` and `lags` hold each group's token weights and lags [sum(lengths)], see `staleness`; None is
-        1 and 0 for all. Of several ranks each trains on its share, and rank 0 reports on the whole. `traces`
-        then holds some of the completions' tokens, by their group's uid and number in it. Raises
+        1 and 0 for all. Of several ranks each trains on its share, and rank 0 reports on the whole.
+        `token_traces` then hold some of the completions, by their group's uid and number in it. Raises
         DivergedError after too many gradients in a row that are not finite.
         """
         if self._ranks.size > 1:
@@ -86,15 +86,15 @@ class Trainer:
         if self._ranks.size > 1:
             report = report.joined(self._ranks, Tracer(sequences))
         with self.phases("metrics"):
-            self.traces = report.tracer.traces(informative)
+            self.token_traces = report.tracer.traces(informative)
             metrics = report.summary() | {
                 "uninformative_fraction": 1 - len(informative) / max(1, len(groups)),
                 "learning_rate": self.updater.learning_rate(),
                 "skipped_updates": float(self.updater.skipped),
             }
         self._warn_if_inert(metrics)
-        if self.policy.room is not None:
-            self.policy.room.compare(self.updater.updates)
+        if self.policy.forecast is not None:
+            self.policy.forecast.compare(self.updater.updates)
         return metrics
 
     def _sequences(

@@ -52,9 +52,12 @@ class Task:
         rng = random.Random(seed)
         return [self.problem(rng, held_out=held_out) for _ in range(count)]
 
-    def _draw(self, rng: random.Random) -> tuple[str, str]:
-        prompt = self.problem(rng, held_out=False)["prompt"]
-        return prompt, self.demonstrate(prompt, rng)
+    def _draw(self, rng: random.Random, count: int) -> list[tuple[str, str]]:
+        drawn = []
+        for _ in range(count):
+            prompt = self.problem(rng, held_out=False)["prompt"]
+            drawn.append((prompt, self.demonstrate(prompt, rng)))
+        return drawn
 
 
 def sum_problem(rng: random.Random, *, held_out: bool) -> Problem:

@@ -217,6 +217,12 @@ def _require_local(request: Request) -> None:
         )
 
 
+async def disconnected(receive: Receive) -> None:
+    """Wait until the client has hung up."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 def blob_ticket(token: str, digest: str) -> str:
     """Prove knowledge of a token to a peer without showing it: opens one blob, and nothing else."""
     return hmac.new(token.encode(), f"blob {digest}".encode(), "sha256").hexdigest()

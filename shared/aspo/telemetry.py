@@ -123,9 +123,9 @@ _UNITS = (
     (r"bytes", "bytes"),
     (r"fraction|^accuracy|^repetition_|_bias$", "share"),
     (r"^entropy|^kl_|_k[13]$", "nats/token"),
-    (r"^(stale_)?tokens|^response_length", "tokens"),
-    (r"^staleness_|_behind$", "versions"),
+    (r"(^|_)tokens|^response_length", "tokens"),
     (r"groups|^queue_rollouts|^ended_", "groups"),
+    (r"^staleness_|_behind$", "versions"),
 )
 
 

@@ -27,7 +27,8 @@ from aspo.config import AuthConfig, EngineConfig
 from aspo.http import Server, create_app, listen
 from aspo_actor import engine_settings
 from aspo_actor.completion import Completion
-from aspo_actor.engine import EngineError, RolloutEngine, WeightsRefusedError
+from aspo_actor.engine import RolloutEngine
+from aspo_actor.errors import EngineError, WeightsRefusedError
 from aspo_actor.guests import Guests
 from aspo_actor.openai_routes import openai_routes
 from aspo_actor.patch import write_patch
@@ -476,7 +477,7 @@ async def guest(engine: RolloutEngine, folder: Path, places: int) -> AsyncIterat
 
 
 async def guests_running(engine: RolloutEngine, samples: int) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(30):
         while sum(engine._running.values()) != samples:  # noqa: ASYNC110 - it tells nobody
             await asyncio.sleep(0.01)
 

@@ -17,12 +17,12 @@ from aspo.config import ConfigError, DataConfig, EnvironmentConfig, RewardConfig
 from aspo.queue import RolloutReader, TaskQueue
 from aspo.schemas import Task, VersionSpan
 from aspo_actor.completion import Completion
-from aspo_actor.engine import EngineError
 from aspo_actor.environments.arithmetic import ArithmeticFault, calculate
 from aspo_actor.environments.calculator import Calculator
 from aspo_actor.environments.conversation import Conversations
 from aspo_actor.environments.host import EnvironmentHost
 from aspo_actor.environments.replies import Replies
+from aspo_actor.errors import EngineError
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.worker import Worker
 from models import char_tokenizer

@@ -28,7 +28,8 @@ from aspo.weights.server import blob_routes, weight_routes
 from aspo.weights.store import WeightStore
 from aspo_actor import weight_sync as weight_sync_module
 from aspo_actor.completion import Completion
-from aspo_actor.engine import EngineError, RolloutEngine
+from aspo_actor.engine import RolloutEngine
+from aspo_actor.errors import EngineError
 from aspo_actor.rewards.scorer import Scores
 from aspo_actor.trial import Trials, k3
 from aspo_actor.weight_sync import WeightSync

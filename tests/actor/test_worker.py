@@ -20,7 +20,7 @@ from aspo.presence import ActorStatus, announce, present, withdraw
 from aspo.queue import RolloutReader, TaskQueue
 from aspo.schemas import Task, VersionSpan
 from aspo_actor.completion import Completion
-from aspo_actor.engine import EngineError
+from aspo_actor.errors import EngineError
 from aspo_actor.rewards.scorer import Scorer
 from aspo_actor.worker import Worker
 from rollouts import write_config

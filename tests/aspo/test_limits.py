@@ -214,11 +214,7 @@ def big_bodies(port: int, stop: threading.Event) -> None:
             continue
 
 
-@pytest.mark.parametrize("within_s", [None, pytest.param(1.0, marks=pytest.mark.faults)])
-def test_probes_answer_through_slow_clients_a_flood_and_big_bodies(
-    app: FastAPI, within_s: float | None
-) -> None:
-    """How soon depends on what else the machine does: the bound is for one that does nothing else."""
+def test_probes_answer_through_slow_clients_a_flood_and_big_bodies(app: FastAPI) -> None:
     with served(app, Limits(request_s=2.0)) as (port, probes), ExitStack() as stack:
         stop = threading.Event()
         sender = threading.Thread(target=big_bodies, args=(port, stop))
@@ -244,7 +240,7 @@ def test_probes_answer_through_slow_clients_a_flood_and_big_bodies(
                 )
         stop.set()
         sender.join()
-        assert within_s is None or worst < within_s
+        assert worst < 1.0
         assert resident() - before < 64 * 2**20
         assert all(is_cut_off(client) for client in slow)
         assert works(port)

@@ -18,7 +18,7 @@ from project import aspo_weights, learner_url, make_project, metrics_of, post, s
 from services import Service, wait_until
 
 STEPS = 6
-pytestmark = [pytest.mark.faults, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.faults, pytest.mark.vllm, pytest.mark.timeout(600)]
 Actors = tuple[Service, Service]
 
 

@@ -37,7 +37,6 @@ FAILPOINTS = (
 )
 
 
-@pytest.mark.faults
 def test_a_learner_killed_at_every_step_trains_as_if_it_had_not_died(
     project: Project, undisturbed: Outcome, client: redis.Redis, redis_url: str
 ) -> None:
@@ -105,16 +104,14 @@ def asked(url: str) -> Iterator[Callable[[], int | None]]:
     connection.close()
 
 
-@pytest.mark.parametrize("within_s", [None, pytest.param(5.0, marks=pytest.mark.faults)])
-def test_a_second_learner_refuses_to_start(project: Project, redis_url: str, within_s: float | None) -> None:
-    """How soon depends on what else the machine does: the bound is for one that does nothing else."""
+def test_a_second_learner_refuses_to_start(project: Project, redis_url: str) -> None:
     with ScriptedActor(redis_url, project.run, project.runs):
         first = project.learner("learner.steps=1000")
         wait_until(lambda: step_of(project.url) >= 1, 60, (first,))
         began = time.monotonic()
         second = Service(project.folder, "learner", "--config", "my.toml", "--set", "learner.port=0")
         assert second.wait(10) == 2, second.text
-        assert within_s is None or time.monotonic() - began < within_s
+        assert time.monotonic() - began < 5
         assert "holds run" in second.text
         assert step_of(project.url) >= 1
         assert first.stop() == 0, first.text

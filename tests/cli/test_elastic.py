@@ -18,7 +18,7 @@ from aspo_cli.status import fetch_status
 from project import REWARD, learner_url, make_project, step_of
 from services import Service, wait_until
 
-pytestmark = [pytest.mark.faults, pytest.mark.vllm, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 SETTINGS = ("learner.steps=100000", "redis.task_lease_s=600", "eval.every=100000", "eval.max_prompts=2")
 ROUND = 5  # steps: more than the tasks ahead can feed, (max_staleness + 1) batches
 

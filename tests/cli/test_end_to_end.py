@@ -34,7 +34,7 @@ prompt_column""",
   { function = "aspo_actor.rewards:overlong_penalty", name = "length", weight = 0.01, options.buffer = 4 },
 ]""",
 }
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from aspo_learner.live import page_files
 from aspo_learner.policy import load_policy
 from aspo_learner.ranks import ALONE
 from aspo_learner.samples import KEPT, Samples
-from aspo_learner.traces import Tracer
+from aspo_learner.token_traces import Tracer
 from aspo_learner.trainer import Trainer
 from browsing import Learner, actor, chromium, group, needs_chromium, opened
 from models import save_model
@@ -138,7 +138,7 @@ def test_samples_take_less_than_a_hundredth_of_a_step(tmp_path: Path) -> None:
         with timed(Tracer, "add", "traces") as tracing, timed(Samples, "keep") as keeping:
             begun = time.perf_counter()
             trainer.train_step(batch)
-            samples.keep(step, batch, trainer.traces)
+            samples.keep(step, batch, trainer.token_traces)
             whole = time.perf_counter() - begun
         shares.append((tracing() + keeping()) / whole)
         seconds.append(whole)

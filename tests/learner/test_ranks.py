@@ -61,9 +61,11 @@ def train(config: Config, folder: Path, out: Path) -> None:
     for number in range(len(BATCHES)):
         files = sorted((folder / f"batch-{number}").iterdir())
         figures.append(trainer.train_step([decode_group(file.read_bytes()) for file in files]))
-        for (uid, sample), trace in trainer.traces.items():
+        for (uid, sample), trace in trainer.token_traces.items():
             figures[-1][f"trace {uid} {sample}"] = float(np.sum(trace.logprobs + trace.weights))
-        assert ranks.rank or len(trainer.traces) == (3 if number == 2 else 8), "those of the first update"
+        assert ranks.rank or len(trainer.token_traces) == (3 if number == 2 else 8), (
+            "those of the first update"
+        )
     leave(trainer, out)
     check_that_broken_weights_are_skipped_and_others_taken(trainer, files, weights_of(out))
     (out / "figures.json").write_text(json.dumps(figures))

@@ -147,8 +147,8 @@ def test_traces_tell_each_tokens_log_prob_and_weight(
     expected[groups[0].uid, 3][1][-1] = np.nan
     assert groups[0].lengths[3] > 1
     trainer.train_step(groups, [ignored, *[np.ones_like(g.behavior_logprobs) for g in groups[1:]]])
-    assert trainer.traces.keys() == {key for key in expected if key[0] != groups[4].uid}, "four groups"
-    for key, trace in trainer.traces.items():
+    assert trainer.token_traces.keys() == {key for key in expected if key[0] != groups[4].uid}, "four groups"
+    for key, trace in trainer.token_traces.items():
         logprobs, weights = expected[key]
         trained = ~np.isnan(weights)
         np.testing.assert_allclose(trace.weights, weights, rtol=1e-3)

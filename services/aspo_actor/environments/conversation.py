@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from aspo.config import Config, EnvironmentConfig
 from aspo.schemas import FinishReason, FloatArray, Task, VersionSpan
 from aspo_actor.completion import Completion
 from aspo_actor.engine import RolloutEngine
+from aspo_actor.engine_settings import seed_from
 from aspo_actor.environments.host import Answer, EnvironmentHost, Opening, text_of, unpack
 from aspo_actor.environments.replies import Replies
 
@@ -81,7 +82,7 @@ class Conversations:
             n=1,
             max_tokens=talk.room,
             temperature=task.temperature,
-            seed=None if task.seed is None else _seed(task.seed, number, talk.turns),
+            seed=None if task.seed is None else seed_from(task.seed % 2**64, number, talk.turns),
         )
         return turn
 
@@ -101,17 +102,25 @@ async def sample_task(
     )
 
 
-@contextlib.asynccontextmanager
-async def conversing(engine: RolloutEngine, config: Config) -> AsyncIterator[Conversations | None]:
-    """Conversations with the config's environment, None where there is none; raises as its `check` does."""
-    environment = config.environment
-    if environment.function is None:
+@contextlib.contextmanager
+def hosting(config: EnvironmentConfig) -> Iterator[EnvironmentHost | None]:
+    """The processes of an environment, which load it meanwhile; None where there is none."""
+    if config.function is None:
         yield None
         return
-    with EnvironmentHost(environment) as host:
-        await host.check()
-        replies = Replies(engine.tokenizer, config.data, environment.role)
-        yield Conversations(engine, host, replies, environment)
+    with EnvironmentHost(config) as host:
+        yield host
+
+
+async def conversations_with(
+    host: EnvironmentHost | None, engine: RolloutEngine, config: Config
+) -> Conversations | None:
+    """Conversations with the environment once it is loaded; None without one. Raises as its `check` does."""
+    if host is None:
+        return None
+    await host.check()
+    replies = Replies(engine.tokenizer, config.data, config.environment.role)
+    return Conversations(engine, host, replies, config.environment)
 
 
 class _Talk:
@@ -170,8 +179,3 @@ class _Talk:
             if self._spans and self._spans[-1].version == span.version:
                 span = VersionSpan(span.version, self._spans.pop().length + span.length)
             self._spans.append(span)
-
-
-def _seed(seed: int, sample: int, turn: int) -> int:
-    """A seed of its own for each turn of each sample."""
-    return int(np.random.SeedSequence([seed % 2**64, sample, turn]).generate_state(1, np.uint64)[0] >> 2)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import multiprocessing
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import msgspec
-from pebble import ProcessExpired, ProcessPool
 
 from aspo.config import ConfigError, EnvironmentConfig
 from aspo_actor.environments import Environment, Message, Step
 from aspo_actor.imports import import_callable
 from aspo_actor.rewards.calls import describe
+from aspo_actor.workers import CallLost, Workers
 
 log = logging.getLogger(__name__)
 MAX_STATE = 2**20  # bytes
@@ -43,7 +41,7 @@ class Answer:
     done: bool
 
 
-class EnvironmentHost:
+class EnvironmentHost(Workers):
     """Answers turns off the event loop, with a time limit; use as a context manager."""
 
     def __init__(self, config: EnvironmentConfig) -> None:
@@ -51,30 +49,17 @@ class EnvironmentHost:
         _require_factory(config.function, config.options)
         self._config, self._function = config, config.function
         self.failures = 0
-        # Spawned, not forked: the actor has threads.
-        self._pool = ProcessPool(
-            max_workers=config.concurrency,
-            context=multiprocessing.get_context("spawn"),
-            initializer=_load,
-            initargs=(config.function, config.options, config.loading_s),
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.stop()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        super().__init__(config.concurrency, _load, (config.function, config.options, config.loading_s))
 
     async def check(self) -> None:
         """Wait for a worker that has loaded the environment; raises ConfigError if none can."""
-        future = self._pool.schedule(_loaded, args=(self._function, self._config.options))
+        patience = 2 * self._config.loading_s
         try:
-            async with asyncio.timeout(2 * self._config.loading_s):
-                fault: str | None = await asyncio.wrap_future(future)
-        except (TimeoutError, ProcessExpired):
+            async with asyncio.timeout(patience):
+                fault: str | None = await self.call(
+                    _loaded, self._function, self._config.options, timeout_s=patience
+                )
+        except (TimeoutError, CallLost):
             fault = f"it does not load within {self._config.loading_s:g} s"
         if fault is not None:
             raise ConfigError(
@@ -84,14 +69,11 @@ class EnvironmentHost:
     async def answer(self, opening: Opening, state: bytes | None, completion: str) -> Answer | None:
         """Answer one turn, the first from state None; None, counted, if the environment could not."""
         arguments = (self._function, self._config.options, opening, state, completion)
-        future = self._pool.schedule(answer, args=arguments, timeout=self._config.timeout_s)
         result: Answer | str
         try:
-            result = await asyncio.wrap_future(future)
-        except TimeoutError:
-            result = f"it took longer than {self._config.timeout_s:g} s"
-        except ProcessExpired as error:
-            result = f"it ended its worker process ({error})"
+            result = await self.call(answer, *arguments, timeout_s=self._config.timeout_s)
+        except CallLost as error:
+            result = str(error)
         if isinstance(result, Answer):
             return result
         self.blame(result)
@@ -109,10 +91,9 @@ def answer(
     """In a worker: what the environment answers, or what went wrong."""
     try:
         environment = _environment(function, msgspec.json.encode(options))
+        known = unpack(state)
         if state is None:
             known = _now(environment.reset(**({"prompt": opening.prompt} | opening.columns)))
-        else:
-            known = msgspec.msgpack.decode(state)
         return _checked(_now(environment.step(known, completion)))
     except Exception as error:  # a user's environment may raise anything
         return describe(error)

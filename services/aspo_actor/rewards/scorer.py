@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import multiprocessing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pebble import ProcessExpired, ProcessPool
 
 from aspo.codec import MAX_REWARD
 from aspo.config import RewardConfig, RewardPart
 from aspo.schemas import FloatArray
 from aspo_actor.rewards.calls import Answers, load_reward_function, score_all, wants_sandbox
 from aspo_actor.rewards.sandbox import Sandbox
+from aspo_actor.workers import CallLost, Workers
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +33,7 @@ class Scores:
     parts: Mapping[str, FloatArray]
 
 
-class Scorer:
+class Scorer(Workers):
     """Scores groups off the event loop, with a time limit; use as a context manager."""
 
     def __init__(self, config: RewardConfig, columns: Sequence[str]) -> None:
@@ -50,17 +47,7 @@ class Scorer:
                 )
         self._config = config
         self.failures = 0
-        # Workers are spawned, not forked: the actor has threads.
-        self._pool = ProcessPool(max_workers=config.concurrency, context=multiprocessing.get_context("spawn"))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.stop()  # type: ignore[no-untyped-call]
-        self._pool.join()
+        super().__init__(config.concurrency)
 
     async def score(self, answers: Answers) -> Scores:
         """Score one prompt's completions; a call that raises, hangs or gives no number counts as failed."""
@@ -88,20 +75,13 @@ class Scorer:
 
     async def _call(self, part: RewardPart, answers: Answers) -> list[float] | None:
         """One call in a worker; None when it did not come back."""
-        future = self._pool.schedule(
-            score_all, args=(part, answers, self._config.code), timeout=self._config.timeout_s
-        )
+        results: list[float | str] | str
         try:
-            results: list[float | str] | str = await asyncio.wrap_future(future)
-        except TimeoutError:
-            log.warning(
-                "%s took longer than %.1f s; its samples count as failed",
-                part.function,
-                self._config.timeout_s,
+            results = await self.call(
+                score_all, part, answers, self._config.code, timeout_s=self._config.timeout_s
             )
-            return None
-        except ProcessExpired as error:
-            log.warning("%s ended its worker process (%s)", part.function, error)
+        except CallLost as error:
+            log.warning("%s: %s; its samples count as failed", part.function, error)
             return None
         if isinstance(results, str):
             log.warning("%s failed: %s", part.function, results)

@@ -49,9 +49,8 @@ class Relay:
         self._leases = Leases()
         self._store = WeightStore(folder, leased=self._leases.versions)
         self._since_refresh = 0
-        self._base: tuple[
-            BlobRef, ...
-        ] = ()  # that of adapters, which is large: not verified for every version
+        # That of adapters, which is large: not verified for every version.
+        self._base: tuple[BlobRef, ...] = ()
         self._reason: str | None = "nothing fetched yet"
         self.app = create_app("relay", auth=auth, ready=lambda: self._reason, registry=CollectorRegistry())
         self.app.include_router(weight_routes(self._store, self._leases))

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from starlette.types import Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from aspo.http import ApiError, Scope, require
+from aspo.http import ApiError, Scope, disconnected, require
 from aspo.schemas import PolicyVersion
 from aspo.weights.blobs import BlobStore
 from aspo.weights.leases import Leases
@@ -55,7 +55,7 @@ class BlobResponse(Response):
 
     async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         """Send the slices as fast as the client takes them, until it has gone."""
-        gone = asyncio.ensure_future(_disconnected(receive))
+        gone = asyncio.ensure_future(disconnected(receive))
         try:
             with self._file as file:
                 await self._send(file, send, gone)
@@ -71,11 +71,6 @@ class BlobResponse(Response):
             await send({"type": "http.response.body", "body": body, "more_body": True})
             await asyncio.sleep(0)  # `send` need not let others run
         await send({"type": "http.response.body", "body": b""})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def parse_range(header: str, size: int) -> tuple[int, int] | None:

@@ -1,7 +1,7 @@
 """Whether a run fits its device: predicted before anything is loaded, measured once training is under way.
 
-room = Room.foresee(config, ranks)      # says what will not fit, and what to change
-room.compare(updates)                   # after every step; says once what it came to
+forecast = MemoryForecast.foresee(config, ranks)      # says what will not fit, and what to change
+forecast.compare(updates)                             # after every step; says once what it came to
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 _GIB = 2**30
 
 
-class Room:
+class MemoryForecast:
     """What one process is to take of its device's memory at its peak, in bytes, and what it did take.
 
     On a CPU that is all of the process; on a GPU what torch has allocated there.
@@ -33,7 +33,7 @@ class Room:
         self._compared = False
 
     @classmethod
-    def foresee(cls, config: Config, ranks: Ranks) -> Room | None:
+    def foresee(cls, config: Config, ranks: Ranks) -> MemoryForecast | None:
         """Predict the peak, and warn if it is more than is free; None for a model without a known shape.
 
         Raises ConfigError if weights, gradients and optimizer alone are more than the device has at all: that

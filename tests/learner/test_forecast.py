@@ -11,9 +11,9 @@ import torch
 from transformers import Qwen3Config
 
 from aspo.config import ConfigError
+from aspo_learner.forecast import MemoryForecast, memory_of, resident
 from aspo_learner.policy import load_policy
 from aspo_learner.ranks import ALONE, Ranks
-from aspo_learner.room import Room, memory_of, resident
 from aspo_learner.trainer import Trainer
 from models import save_model
 from rollouts import make_group, write_config
@@ -36,7 +36,7 @@ def test_what_may_not_fit_is_said_with_what_to_change(
 ) -> None:
     folder = save_model(tmp_path / "model", hidden_size=64, layers=2)
     overrides = ["learner.micro_batch_tokens=1000000000", f"learner.{setting}"]
-    room = Room.foresee(write_config(tmp_path, model=folder, overrides=overrides), ALONE)
+    room = MemoryForecast.foresee(write_config(tmp_path, model=folder, overrides=overrides), ALONE)
     assert room is not None
     free, total = memory_of(CPU)
     assert room.predicted > total > free > resident() > 2**20
@@ -53,12 +53,12 @@ def test_the_peak_is_said_beside_what_was_predicted_once(
     config = write_config(tmp_path, model=save_model(tmp_path / "model", hidden_size=64, layers=2))
     trainer = Trainer(load_policy(config, Ranks(CPU)), config)
     assert not caplog.messages  # there is room enough
-    with caplog.at_level(logging.INFO, "aspo_learner.room"):
+    with caplog.at_level(logging.INFO, "aspo_learner.forecast"):
         for _ in range(3):
             trainer.train_step([make_group(trainer.policy.model, seed=seed) for seed in range(4)])
     [said] = [message for message in caplog.messages if "peak memory" in message]
     predicted, measured = map(float, re.findall(r"([\d.]+) GiB", said))
-    room = trainer.policy.room
+    room = trainer.policy.forecast
     assert room is not None
     assert predicted == pytest.approx(room.predicted / 2**30, rel=0.01)
     assert measured == pytest.approx(room.measured / 2**30, rel=0.1)
@@ -67,8 +67,8 @@ def test_the_peak_is_said_beside_what_was_predicted_once(
 def test_a_model_that_cannot_be_sized_is_for_the_loading_to_say(tmp_path: Path) -> None:
     odd = Qwen3Config(hidden_act="nonesuch")
     odd.save_pretrained(tmp_path / "odd")
-    assert Room.foresee(write_config(tmp_path, model=tmp_path / "odd"), ALONE) is None
+    assert MemoryForecast.foresee(write_config(tmp_path, model=tmp_path / "odd"), ALONE) is None
 
 
 def test_a_model_that_is_not_there_is_for_the_loading_to_say(tmp_path: Path) -> None:
-    assert Room.foresee(write_config(tmp_path, model=tmp_path / "none"), ALONE) is None
+    assert MemoryForecast.foresee(write_config(tmp_path, model=tmp_path / "none"), ALONE) is None
