@@ -371,8 +371,8 @@ class RolloutEngine:
 
     async def _abort(self) -> None:
         """End every request; guests' may be on their way to vLLM, which does not know them yet."""
-        for task in self._guests:
-            task.cancel()
+        while self._guests:
+            self._guests.pop().cancel()
         with contextlib.suppress(Exception):
             await self._client.abort(list(self._running))
 
@@ -417,9 +417,11 @@ class RolloutEngine:
             self._guests.add(task)
         try:
             yield self._salt
-        except asyncio.CancelledError:
-            if (era == self._era and self._alive) or task.uncancel():
+        except (Exception, asyncio.CancelledError) as error:
+            aborted = bool(requests) and task not in self._guests
+            if not aborted or (task.uncancel() and isinstance(error, asyncio.CancelledError)):
                 raise  # not by `_abort`, or not by it alone
+            # vLLM's routes answer a cancellation as the client's fault: what they say of it does not count.
         finally:
             self._guests.discard(task)
             for request_id in requests:

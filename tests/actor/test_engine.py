@@ -513,6 +513,9 @@ async def test_guests_are_dropped_with_the_weights_that_answer_them(
         await engine._pause()
         asked = [asyncio.create_task(ask()), asyncio.create_task(ask(stream=True))]
         await guests_running(engine, 2)
+        async with asyncio.timeout(30):
+            while engine.client.output_processor.get_num_unfinished_requests() != 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await engine.condemn("a digest is wrong")
         for job in (*asked, ask()):
             with pytest.raises(openai.InternalServerError, match="a digest is wrong"):
