@@ -2,8 +2,8 @@
 
 Both start from the same folder, the demo's warm-started Qwen3 of 0.7 M parameters with its character
 tokenizer, and learn from the same 20,000 problems by the same reward (`correct_sum`), in fp32, at temperature
-1, with 32 prompts of 8 completions a batch, AdamW (betas 0.9 and 0.99, no weight decay), learning rate 1e-4
-after 10 updates of warm-up, gradient norm cut at 1. The rest is each side's own:
+1, with 32 prompts of 8 completions a batch (`--batch`), AdamW (betas 0.9 and 0.99, no weight decay), learning
+rate 1e-4 after 10 updates of warm-up, gradient norm cut at 1. The rest is each side's own:
 
 - ours: Redis, learner and vLLM actor as `aspo demo` starts them, with its config: ASPO on stale rollouts
   (max_staleness 4), two updates a batch, one core for the learner.
@@ -12,10 +12,10 @@ after 10 updates of warm-up, gradient norm cut at 1. The rest is each side's own
   which costs TRL a pass for the old log-probs). Generation is by transformers' `generate`: of TRL's ways the
   fastest that works on a CPU; docs/benchmarks.md says what came of the others.
 
-Both answer the same first 256 held-out problems greedily after every fifth batch. The clock starts when the
-first training prompt may be sampled: model, engine and processes are up on either side, and ours has answered
-all held-out problems once. For TRL it ends with the step before the evaluation that reaches the target, its
-evaluations taken out; for ours when that evaluation's result is known, evaluations included.
+Both answer the same first 256 held-out problems greedily after every 160 training prompts, which is no part
+of the clock: it stops for TRL while that answers, and ours has every version answer when training is over
+(`aspo eval`). The clock starts when the first training prompt may be sampled: model, engine and processes are
+up on either side. It ends with the update whose weights reach the target, for ours with their publishing.
 
 TRL lives in `.venv-trl`, which the first run makes (some minutes, 1.5 GB, network).
 
@@ -28,6 +28,7 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,45 +44,56 @@ from aspo_cli.ask import LearnerUnreachable
 from aspo_cli.demo import service_of, write_config
 from aspo_cli.processes import Processes
 from aspo_cli.status import fetch_status
+from aspo_cli.up import Service
 
-POLL_S = 0.25
-EVALUATE_EVERY = 5  # batches
-MAX_BATCHES = 300
+POLL_S = 0.05
+EVALUATE_EVERY = 160  # prompts
+MAX_PROMPTS = 960
 
 
 def ours(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the service until the target; seconds from the first training prompt on, and the curve."""
+    """Train for as many prompts as there are to be, and find the first version that reaches the target."""
     write_config(folder, seed)
+    every, steps = EVALUATE_EVERY // arguments.batch, MAX_PROMPTS // arguments.batch
     overrides = [
-        f"eval.every={EVALUATE_EVERY}",
-        f"eval.stop_accuracy={arguments.target}",
-        "eval.min_steps=0",
-        "eval.max_share=1",
-        f"learner.steps={MAX_BATCHES}",
+        f"learner.steps={steps}",
+        f"learner.batch_prompts={arguments.batch}",
+        f"learner.mini_batch_prompts={arguments.batch}",
+        "learner.keep_serving=true",
+        f"weights.keep={steps + 1}",
+        f"eval.every={steps}",
         *arguments.set,
     ]
     service = service_of(folder, overrides)
     with Processes(folder / "logs") as parts:
         service.start(parts)
-        return follow(parts, service.config, arguments.target)
+        seconds = follow(parts, service.config)
+        curve = []
+        for step in range(every, steps + 1, every):
+            figures = {"batches": step, "seconds": seconds[step], "accuracy": accuracy(service, step)}
+            print(f"ours: {figures}", file=sys.stderr)
+            curve.append(figures)
+            if figures["accuracy"] >= arguments.target:
+                return {"seconds": figures["seconds"], "curve": curve}
+    return {"seconds": None, "curve": curve}
 
 
-def follow(parts: Processes, config: Config, target: float) -> dict[str, Any]:
-    """Watch the learner's status from the evaluation before training to the one that reaches the target."""
+def follow(parts: Processes, config: Config) -> dict[int, float]:
+    """Watch the learner's status until training is over; seconds until each version was published."""
     began: float | None = None
-    curve: list[dict[str, float]] = []
-    while not parts.finished("learner"):
+    seconds: dict[int, float] = {}
+    while config.learner.steps not in seconds:
+        if parts.finished("learner"):
+            raise SystemExit("our learner ended before its time")
         seen = status_or_none(config)
         now = time.monotonic()
         if seen is not None and seen["accuracy_before"] is not None:
             began = began or now
-            if seen["accuracy"] is not None and (not curve or seen["accuracy"] != curve[-1]["accuracy"]):
-                curve.append({"batches": seen["step"], "seconds": now - began, "accuracy": seen["accuracy"]})
-                print(f"ours: {curve[-1]}", file=sys.stderr)
-                if seen["accuracy"] >= target:
-                    return {"seconds": now - began, "curve": curve}
+            published = int(seen["version"].rpartition("/")[2])
+            for step in range(len(seconds), published + 1):
+                seconds[step] = now - began
         time.sleep(POLL_S)
-    return {"seconds": None, "curve": curve}
+    return seconds
 
 
 def status_or_none(config: Config) -> dict[str, Any] | None:
@@ -89,6 +101,18 @@ def status_or_none(config: Config) -> dict[str, Any] | None:
         return fetch_status(config.actor.learner_url)
     except LearnerUnreachable:
         return None  # not up yet
+
+
+def accuracy(service: Service, step: int) -> float:
+    """The share of the held-out problems that a version answers rightly."""
+    version_of = f"{service.config.run.name}/1/{step}"
+    limit = str(service.config.eval.max_prompts)
+    command = [sys.executable, "-m", "aspo_cli", "eval", "--config", str(service.path), "--json"]
+    found = subprocess.run(
+        [*command, "--version", version_of, "--limit", limit], capture_output=True, text=True, check=True
+    )
+    (figures,) = json.loads(found.stdout.splitlines()[-1])["sets"].values()
+    return float(figures["figures"]["avg@1"]["value"])
 
 
 def trl(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -106,12 +130,12 @@ def trl(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, Any
         "per_device_batch": arguments.per_device_batch,
         "iterations": arguments.iterations,
         "group_size": sampling.group_size,
-        "batch_prompts": learner.batch_prompts,
+        "batch_prompts": arguments.batch,
         "learning_rate": learner.learning_rate,
         "warmup_updates": learner.warmup_updates,
         "betas": learner.betas,
-        "max_updates": MAX_BATCHES * arguments.iterations,
-        "evaluate_every": EVALUATE_EVERY * arguments.iterations,
+        "max_updates": MAX_PROMPTS // arguments.batch * arguments.iterations,
+        "evaluate_every": EVALUATE_EVERY // arguments.batch * arguments.iterations,
         "evaluation_prompts": config.eval.max_prompts,
         "target": arguments.target,
     }
@@ -141,6 +165,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--batch", type=int, default=32, help="prompts of a batch, of either side")
     parser.add_argument("--target", type=float, default=0.8)
     parser.add_argument("--set", nargs="+", default=[], help="other settings for ours: section.key=value")
     parser.add_argument("--iterations", type=int, default=1, help="TRL's updates a batch")
@@ -154,6 +179,7 @@ def main() -> None:
         "name": "trl_demo",
         "cores": os.cpu_count(),
         "target": arguments.target,
+        "batch_prompts": arguments.batch,
         "generation_trl": arguments.generation,
         "iterations_trl": arguments.iterations,
         "set_ours": arguments.set,
