@@ -94,9 +94,9 @@ def _around(phase: str, task: str) -> Iterator[Cell]:
     elif main and phase == "dual":
         yield from _grid(task, loss=pair, staleness=(64,), dual_clip=(False,))
     elif main and phase == "levels":
-        yield from _grid(task, loss=(*trio, "cispo"), staleness=(16,))
+        yield from _grid(task, loss=(*trio, "cispo"), staleness=(1, 16))
     elif main and phase == "updates":
-        yield from _grid(task, loss=pair, staleness=(4, 64), updates=(1, 12))
+        yield from _grid(task, loss=pair, staleness=(0, 4, 64), updates=(1, 12))
 
 
 def _grid(task: str, **factors: Sequence[Any]) -> Iterator[Cell]:
