@@ -136,7 +136,7 @@ def command_of(pid: int) -> bytes:
 @pytest.mark.faults
 @pytest.mark.vllm
 def test_a_killed_actor_comes_back_and_the_training_completes(project: Path, run: str) -> None:
-    command = ["up", "--config", "my.toml", "--actors", "2", "--set", "learner.steps=40"]
+    command = ["up", "--config", "my.toml", "--actors", "2", "--set", "learner.steps=400"]
     service, url = Service(project, *command), learner_url(project)
     try:
         wait_until(lambda: step_of(url) >= 2, 240, (service,))
@@ -148,7 +148,7 @@ def test_a_killed_actor_comes_back_and_the_training_completes(project: Path, run
         service.process.terminate()  # and with it what it has started
         service.wait(120)
     summary = json.loads((project / "runs" / run / "summary.json").read_text())
-    assert summary["steps"] == 40
+    assert summary["steps"] == 400
     assert "training is complete" in service.text
     assert pids_of_session(project) == []
 
