@@ -170,13 +170,13 @@ class Bench:
         whole = self.step()
         self.trainer.phases.seconds = None
         split = {name: taken / whole for name, taken in seconds.items()}
-        room = self.policy.forecast
-        assert room is not None, "the shape of a Qwen3 is known"
+        forecast = self.policy.forecast
+        assert forecast is not None, "the shape of a Qwen3 is known"
         return {
             "split": split | {"other": 1 - sum(split.values())},
             "loss_advantages_packing_metrics": sum(split[name] for name in SMALL),
-            "peak_bytes_predicted": room.predicted,
-            "peak_bytes": room.measured,
+            "peak_bytes_predicted": forecast.predicted,
+            "peak_bytes": forecast.measured,
         }
 
     def trace(self, path: Path) -> None:

@@ -39,6 +39,7 @@ from typing import Any
 from trl_peer.environment import Peer
 
 from aspo.config import Config, load_config
+from aspo.schemas import PolicyVersion
 from aspo_cli import demo_model
 from aspo_cli.ask import LearnerUnreachable
 from aspo_cli.demo import service_of, write_config
@@ -61,7 +62,7 @@ def ours(folder: Path, seed: int, arguments: argparse.Namespace) -> dict[str, An
         f"learner.mini_batch_prompts={arguments.batch}",
         "learner.keep_serving=true",
         f"weights.keep={steps + 1}",
-        f"eval.every={steps}",
+        f"eval.every={steps}",  # before and after training
         *arguments.set,
     ]
     service = service_of(folder, overrides)
@@ -89,8 +90,7 @@ def follow(parts: Processes, config: Config) -> dict[int, float]:
         now = time.monotonic()
         if seen is not None and seen["accuracy_before"] is not None:
             began = began or now
-            published = int(seen["version"].rpartition("/")[2])
-            for step in range(len(seconds), published + 1):
+            for step in range(len(seconds), PolicyVersion.parse(seen["version"]).step + 1):
                 seconds[step] = now - began
         time.sleep(POLL_S)
     return seconds
@@ -105,12 +105,11 @@ def status_or_none(config: Config) -> dict[str, Any] | None:
 
 def accuracy(service: Service, step: int) -> float:
     """The share of the held-out problems that a version answers rightly."""
-    version_of = f"{service.config.run.name}/1/{step}"
-    limit = str(service.config.eval.max_prompts)
+    label = PolicyVersion(run=service.config.run.name, epoch=1, step=step)
+    limit = service.config.eval.max_prompts
     command = [sys.executable, "-m", "aspo_cli", "eval", "--config", str(service.path), "--json"]
-    found = subprocess.run(
-        [*command, "--version", version_of, "--limit", limit], capture_output=True, text=True, check=True
-    )
+    command += ["--version", str(label), "--limit", str(limit)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
     (figures,) = json.loads(found.stdout.splitlines()[-1])["sets"].values()
     return float(figures["figures"]["avg@1"]["value"])
 
@@ -172,6 +171,8 @@ def main() -> None:
     parser.add_argument("--per-device-batch", type=int, default=64, help="rows of TRL's micro-batch")
     parser.add_argument("--generation", choices=("transformers", "continuous"), default="transformers")
     arguments = parser.parse_args()
+    if EVALUATE_EVERY % arguments.batch:
+        parser.error(f"--batch must divide {EVALUATE_EVERY}, the prompts between evaluations")
     with tempfile.TemporaryDirectory(prefix="aspo-bench-") as scratch:
         runs = [compare(Path(scratch) / f"seed-{seed}", seed, arguments) for seed in arguments.seeds]
     ratios = [run["ours_over_trl"] for run in runs if run["ours_over_trl"] is not None]

@@ -36,9 +36,8 @@ def write_problems(folder: Path, seed: int) -> None:
         (folder / name).write_text("".join(f"{row}\n" for row in rows))
 
 
-Draw = Callable[
-    [random.Random, int], list[tuple[str, str]]
-]  # so many prompts, and how the teacher works each
+# Draws so many prompts, and how the teacher works each.
+Draw = Callable[[random.Random, int], list[tuple[str, str]]]
 
 
 @dataclass(frozen=True, kw_only=True)

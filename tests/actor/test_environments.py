@@ -17,6 +17,7 @@ from aspo.config import ConfigError, DataConfig, EnvironmentConfig, RewardConfig
 from aspo.queue import RolloutReader, TaskQueue
 from aspo.schemas import Task, VersionSpan
 from aspo_actor.completion import Completion
+from aspo_actor.environments import verifiers
 from aspo_actor.environments.arithmetic import ArithmeticFault, calculate
 from aspo_actor.environments.calculator import Calculator
 from aspo_actor.environments.conversation import Conversations
@@ -280,6 +281,12 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+
+
+def test_a_release_of_verifiers_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifiers, "version", lambda package: "0.1.14")
+    with pytest.raises(ValueError, match=r"verifiers 0\.1\.14 is not .* pip install verifiers==0\.1\.10"):
+        verifiers.load("any", "{}")
 
 
 def test_a_chat_template_gives_what_stands_between_two_answers() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("verifiers", reason="verifiers 0.1.x is not installed")
+pytest.importorskip("verifiers", reason="verifiers 0.1.10 is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of many things that only verifiers can mend
 
 from aspo_actor.environments.host import Answer, Opening, answer, unpack  # noqa: E402

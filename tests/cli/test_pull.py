@@ -56,7 +56,6 @@ def test_a_pull_in_the_background_is_ended_too(
     end_a_pull(stalled, tmp_path, signal.SIGTERM)
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_pull_that_is_ended_leaves_nothing_behind(
     stalled: tuple[str, threading.Event], tmp_path: Path, signum: signal.Signals

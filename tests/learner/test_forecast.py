@@ -36,10 +36,10 @@ def test_what_may_not_fit_is_said_with_what_to_change(
 ) -> None:
     folder = save_model(tmp_path / "model", hidden_size=64, layers=2)
     overrides = ["learner.micro_batch_tokens=1000000000", f"learner.{setting}"]
-    room = MemoryForecast.foresee(write_config(tmp_path, model=folder, overrides=overrides), ALONE)
-    assert room is not None
+    forecast = MemoryForecast.foresee(write_config(tmp_path, model=folder, overrides=overrides), ALONE)
+    assert forecast is not None
     free, total = memory_of(CPU)
-    assert room.predicted > total > free > resident() > 2**20
+    assert forecast.predicted > total > free > resident() > 2**20
     [said] = caplog.messages
     assert "lower learner.micro_batch_tokens (1000000000)" in said
     assert ("set learner.activation_checkpointing" in said) == ("checkpointing" not in setting)
@@ -58,10 +58,10 @@ def test_the_peak_is_said_beside_what_was_predicted_once(
             trainer.train_step([make_group(trainer.policy.model, seed=seed) for seed in range(4)])
     [said] = [message for message in caplog.messages if "peak memory" in message]
     predicted, measured = map(float, re.findall(r"([\d.]+) GiB", said))
-    room = trainer.policy.forecast
-    assert room is not None
-    assert predicted == pytest.approx(room.predicted / 2**30, rel=0.01)
-    assert measured == pytest.approx(room.measured / 2**30, rel=0.1)
+    forecast = trainer.policy.forecast
+    assert forecast is not None
+    assert predicted == pytest.approx(forecast.predicted / 2**30, rel=0.01)
+    assert measured == pytest.approx(forecast.measured / 2**30, rel=0.1)
 
 
 def test_a_model_that_cannot_be_sized_is_for_the_loading_to_say(tmp_path: Path) -> None:

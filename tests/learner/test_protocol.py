@@ -427,16 +427,7 @@ def test_every_promise_is_kept_for_long(client: redis.Redis, config: Config, ref
     drive(client, config, Parts(), settings(SETTINGS, max_examples=400, stateful_step_count=100))
 
 
-SLOW = "acknowledge before the checkpoint"  # a minute of searching for the crash between the two
-
-
-@pytest.mark.parametrize(
-    ("parts", "broken"),
-    [
-        pytest.param(*mutant, id=name, marks=[pytest.mark.faults] if name == SLOW else [])
-        for name, mutant in MUTANTS.items()
-    ],
-)
+@pytest.mark.parametrize(("parts", "broken"), MUTANTS.values(), ids=MUTANTS)
 def test_a_broken_rule_is_caught(client: redis.Redis, config: Config, parts: Parts, broken: str) -> None:
     with pytest.raises(AssertionError, match=f"^{broken}: "):
         drive(client, config, parts, settings(SETTINGS, max_examples=400))

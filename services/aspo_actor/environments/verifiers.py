@@ -1,4 +1,4 @@
-"""Environments of the package `verifiers`, releases 0.1.x (see docs/environments.md for what is not reached).
+"""Environments of the package `verifiers`, release 0.1.10 (see docs/environments.md for what is not reached).
 
     python -m aspo_actor.environments.verifiers my-env prompts.jsonl       # its prompts, for [data]
 
@@ -24,6 +24,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,6 +35,7 @@ from aspo_actor.environments import Message, Step
 _TOOL_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 _NOT_KEPT = ("client", "model", "sampling_args", "usage", "usage_tracker", "oai_tools")
 _COLUMNS = ("prompt", "answer", "info", "task", "example_id")
+KNOWN = "0.1.10"  # later ones have other states and messages
 
 
 class Conversation:
@@ -84,7 +86,11 @@ async def rubric(
 
 @lru_cache(maxsize=4)
 def load(env_id: str, env_args: str) -> Any:
-    """Load an environment; raises what it raises, and ValueError for one that does not chat."""
+    """Load an environment; ValueError for another release or one that does not chat, else what it raises."""
+    if (installed := version("verifiers")) != KNOWN:
+        raise ValueError(
+            f"verifiers {installed} is not the release this was made for; pip install verifiers=={KNOWN}"
+        )
     import verifiers
 
     environment = verifiers.load_environment(env_id, **json.loads(env_args))
