@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from aspo.numbers import last_number, spelling
+
 Z95 = 1.959964  # of the normal distribution, two-sided
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
 _BOXED = "\\boxed{"
 
 
@@ -88,10 +89,10 @@ def final_answer(text: str, pattern: str | None = None) -> str | None:
         return found.strip() if found else None
     boxed = _last_boxed(text)
     if boxed is not None:
-        return "".join(boxed.split())
-    numbers = _NUMBER.findall(text)
-    if numbers:
-        return f"{float(numbers[-1].replace(',', '')):.12g}"
+        return "".join(boxed.split()) or None
+    number = last_number(text)
+    if number is not None:
+        return spelling(number)
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else None
 

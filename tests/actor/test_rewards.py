@@ -40,8 +40,18 @@ NUMERIC: list[tuple[str, Any, float | None]] = [
     ("9" * 100_000, "42", 0),
     ("nan", "42", 0),
     ("٤٢", "42", 1),  # Arabic digits: a number none the less
+    ("it is .5", ".5", 1),
+    ("it is .5", "5", 0),
+    ("version 1.2.3", "3", 1),
+    ("so...5", "5", 1),
+    ("\N{MINUS SIGN}5", "-5", 1),
+    ("\N{MINUS SIGN}5", "5", 0),
+    ("-5", "\N{MINUS SIGN}5", 1),
+    ("1e99999999999999999999", "42", 0),
     ("42", "forty-two", None),
     ("42", None, None),
+    ("42", "inf", None),
+    ("42", 10**400, None),
 ]
 REGEX: list[tuple[str, Any, float | None]] = [
     (r"so \boxed{42}", "42", 1),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import socket
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +95,19 @@ def test_with_leave_code_runs_under_its_limits_alone() -> None:
         ("print('passed')\nquit()", "assert f(2) == 4", 0),
         ("def f(x): return 4", "", -1),
         ("def f(x): return 4", [{"in": "2"}], -1),
+        ("def f(x): return 4", "# none", -1),
+        ("def f(x): return 4", "  ", -1),
+        ("print(4)", '{"inputs": ["2"], "outputs": ["4"]}', -1),
+        ("print(4)", "[]", -1),
+        (DOUBLE, json.dumps(INPUTS), 1),
+        ("print(4)", json.dumps(INPUTS), 0),
+        ("pass", json.dumps(INPUTS), 0),
+        (f"```bash\npython double.py\n```\n{DOUBLE}", INPUTS, 1),
+        (f"{DOUBLE}\nIt gives\n```\n4\n```\nor\n```text\n6\n```", INPUTS, 1),
+        (DOUBLE.replace("python", "Python3"), INPUTS, 1),
+        (DOUBLE.replace("python", "python {.numberLines}"), INPUTS, 1),
+        (DOUBLE.replace("\n", "\r\n"), INPUTS, 1),
+        ("1. So:\n" + textwrap.indent(DOUBLE, "   "), INPUTS, 1),
     ],
 )
 def test_code_is_scored_by_its_tests(scorer: Scorer, completion: str, tests: Any, reward: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,6 +23,15 @@ def answers(completions: Sequence[str], *, tokens: Sequence[int] = (), **columns
     return Answers("2+2=", completions, [list(range(n)) for n in lengths], 10, columns)
 
 
+class Speechless(Exception):
+    """What cannot say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError
+
+    __repr__ = __str__
+
+
 def difficult(completion: str, *, answer: str) -> Any:
     """A reward function that does what the completion says."""
     if completion == "raise":
@@ -30,6 +40,18 @@ def difficult(completion: str, *, answer: str) -> Any:
         time.sleep(60)
     if completion == "die":
         os._exit(7)
+    if completion == "exit":
+        sys.exit(0)
+    if completion == "interrupt":
+        raise KeyboardInterrupt
+    if completion == "cancel":
+        raise asyncio.CancelledError
+    if completion == "speechless":
+        raise Speechless
+    if completion == "odd":
+        return Speechless()
+    if completion == "huge":
+        return 10**400
     if completion == "nan":
         return float("nan")
     if completion == "none":
@@ -52,8 +74,10 @@ def scorer() -> Iterator[Scorer]:
         (["4", "raise", "nan", "none", "5"], [1, -1, -1, -1, 0], [False, True, True, True, False]),
         (["4", "die"], [1, -1], [False, True]),
         (["hang", "4"], [-1, 1], [True, False]),
+        (["exit", "4", "interrupt", "cancel"], [-1, 1, -1, -1], [True, False, True, True]),
+        (["4", "speechless", "odd", "huge"], [1, -1, -1, -1], [False, True, True, True]),
     ],
-    ids=["well", "raises", "dies", "hangs"],
+    ids=["well", "raises", "dies", "hangs", "ends", "is odd"],
 )
 async def test_a_failure_costs_its_own_sample_only(
     scorer: Scorer, completions: Sequence[str], rewards: Sequence[float], failed: Sequence[bool]
@@ -134,6 +158,39 @@ def test_parts_are_summed_by_weight_and_each_is_told() -> None:
         "trl": [1, 0, 0, 0],
         "trl_chat": [6, 8, 10, 0],
     }
+
+
+async def awaited(completion: str, *, answer: str) -> Any:
+    return difficult(completion, answer=answer)
+
+
+def in_one(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[Any]:
+    """As TRL asks; ends the process if it is alone with it."""
+    return [difficult(text, answer=answer[0]) for text in completions]
+
+
+def forgetful(completion: str, *, seen: list[str]) -> float:
+    seen.append(completion)
+    return float(len(seen))
+
+
+@pytest.mark.parametrize("wicked", ["exit", "interrupt", "cancel", "speechless", "odd", "huge"])
+@pytest.mark.parametrize("function", ["awaited", "in_one"])
+def test_whatever_is_raised_stays_in_the_worker(function: str, wicked: str) -> None:
+    style = "trl" if function == "in_one" else "plain"
+    config = RewardConfig(function=f"{__name__}:{function}", style=style, concurrency=1)
+    with Scorer(config, ["answer"]) as scorer:
+        scores = asyncio.run(scorer.score(answers(["4", wicked], answer="4")))
+        again = asyncio.run(scorer.score(answers(["4", "5"], answer="4")))
+    assert scores.failed[1]
+    assert again.rewards.tolist() == [1, 0]
+
+
+def test_a_function_that_changes_a_column_changes_it_for_itself() -> None:
+    config = RewardConfig(function=f"{__name__}:forgetful", concurrency=1)
+    with Scorer(config, ["seen"]) as scorer:
+        scores = asyncio.run(scorer.score(answers(["a", "b", "c"], seen=["x"])))
+    assert scores.rewards.tolist() == [2, 2, 2]
 
 
 def test_a_function_for_groups_that_gives_too_few_fails_them_all() -> None:

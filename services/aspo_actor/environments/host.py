@@ -16,8 +16,7 @@ import msgspec
 from aspo.config import ConfigError, EnvironmentConfig
 from aspo_actor.environments import Environment, Message, Step
 from aspo_actor.imports import import_callable
-from aspo_actor.rewards.calls import describe
-from aspo_actor.workers import CallLost, Workers
+from aspo_actor.workers import CallLost, Workers, describe
 
 log = logging.getLogger(__name__)
 MAX_STATE = 2**20  # bytes
@@ -95,7 +94,7 @@ def answer(
         if state is None:
             known = _now(environment.reset(**({"prompt": opening.prompt} | opening.columns)))
         return _checked(_now(environment.step(known, completion)))
-    except Exception as error:  # a user's environment may raise anything
+    except BaseException as error:  # a user's environment may raise anything, SystemExit too
         return describe(error)
 
 
@@ -114,7 +113,7 @@ def _load(function: str, options: dict[str, Any], seconds: float) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         _environment(function, msgspec.json.encode(options))
-    except (Exception, SystemExit):  # a worker that fails to come up would be started for ever
+    except BaseException:  # a worker that fails to come up would be started for ever
         return
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -124,7 +123,7 @@ def _loaded(function: str, options: dict[str, Any]) -> str | None:
     """In a worker: what is wrong with the environment, None if it is there."""
     try:
         _environment(function, msgspec.json.encode(options))
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
         return describe(error)
     return None
 

@@ -9,15 +9,20 @@ What cannot be scored raises: the sample counts as failed.
 
 from __future__ import annotations
 
+import ast
+import json
+import math
 import re
 import secrets
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from aspo.numbers import last_number
 from aspo_actor.rewards.sandbox import Sandbox
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_CODE_BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"[ \t]*```+[ \t]*([^\s`{]*)")
+_PYTHON = ("python", "py", "python3")
 
 
 def exact_match(completion: str, *, answer: Any, **columns: Any) -> float:
@@ -26,12 +31,15 @@ def exact_match(completion: str, *, answer: Any, **columns: Any) -> float:
 
 
 def numeric_match(completion: str, *, answer: Any, **columns: Any) -> float:
-    """1 if the last number in the completion equals the answer as a number (to 1e-6, relative), else 0."""
-    found = _NUMBER.findall(completion)
-    if not found:
-        return 0.0
-    value, target = float(found[-1].replace(",", "")), float(str(answer).replace(",", ""))
-    return float(abs(value - target) <= 1e-6 * max(1.0, abs(target)))
+    """1 if the last number in the completion equals the answer as a number (to 1e-6, relative), else 0.
+
+    Raises ValueError for an answer that is no finite number.
+    """
+    target = float(str(answer).replace(",", "").replace("\N{MINUS SIGN}", "-"))
+    if not math.isfinite(target):
+        raise ValueError(f"the answer {str(answer)[:80]!r} is no finite number")
+    found = last_number(completion)
+    return float(found is not None and abs(float(found) - target) <= 1e-6 * max(1.0, abs(target)))
 
 
 def regex_match(completion: str, *, answer: Any, pattern: str, **columns: Any) -> float:
@@ -95,25 +103,58 @@ def code_tests(
 ) -> float:
     """1 if the completion's last Python block passes the tests, run in the sandbox, else 0.
 
-    `tests` is a list of {"input", "output"}: what the program reads from standard input and must write to
-    standard output, but for white space at the ends of lines; or Python source that follows the program and
-    raises if it is wrong. `partial` gives the share of passed inputs. Outputs are compared here, out of the
-    program's reach; Python tests run beside it, where a program made for the purpose can cheat them.
+    The block is the last that says it is Python, or without one the last that says nothing. `tests` is a list
+    of {"input", "output"}, or such a list as JSON: what the program reads from standard input and must write
+    to standard output, but for white space at the ends of lines; or Python source that follows the program
+    and raises if it is wrong. `partial` gives the share of passed inputs. Raises ValueError for tests that
+    are neither, or empty. Outputs are compared here, out of the program's reach; Python tests run beside it,
+    where a program made for the purpose can cheat them.
     """
-    blocks = _CODE_BLOCK.findall(completion)
-    program = blocks[-1] if blocks else completion
-    if not tests:
-        raise ValueError("the tests are empty; remove the row")
-    if isinstance(tests, str):
-        return float(_survives(program, tests, sandbox))
+    program, cases = _program(completion), _cases(tests)
+    if isinstance(cases, str):
+        return float(_survives(program, cases, sandbox))
     passed = 0
-    for test in tests:
+    for test in cases:
         result = sandbox.run(program, test["input"])
         right = result.fault is None and _lines(result.output) == _lines(test["output"])
         if not right and not partial:
             return 0.0
         passed += right
-    return passed / len(tests)
+    return passed / len(cases)
+
+
+def _program(completion: str) -> str:
+    """The block of code in an answer, or the whole of one that has no blocks."""
+    blocks: list[tuple[str, list[str]]] = []
+    within = False
+    for line in completion.replace("\r\n", "\n").split("\n"):
+        fence = _FENCE.match(line)
+        if fence and not within:
+            blocks.append((fence[1].lower(), []))
+            within = True
+        elif fence and not fence[1]:
+            within = False
+        elif within:
+            blocks[-1][1].append(line)
+    python = [lines for label, lines in blocks if label in _PYTHON]
+    python = python or [lines for label, lines in blocks if not label]
+    return textwrap.dedent("\n".join(python[-1])) if python else completion
+
+
+def _cases(tests: str | Sequence[Mapping[str, str]]) -> str | Sequence[Mapping[str, str]]:
+    """Tests as Python source or as pairs of input and output, which tables often keep as JSON."""
+    if isinstance(tests, str):
+        try:
+            tests = json.loads(tests)
+        except ValueError:
+            if not ast.parse(str(tests)).body:
+                raise ValueError("the tests hold no statement; remove the row") from None
+            return tests
+    if not tests:
+        raise ValueError("the tests are empty; remove the row")
+    if not isinstance(tests, list | tuple) or not all({"input", "output"} <= set(one) for one in tests):
+        raise ValueError('the tests are neither Python nor a list of {"input": ..., "output": ...}')
+    return tests
 
 
 def _survives(program: str, tests: str, sandbox: Sandbox) -> bool:

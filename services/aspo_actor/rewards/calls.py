@@ -6,14 +6,14 @@ A worker process of the `scorer` runs `score_all`; the actor itself only looks w
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import importlib
 import inspect
 import itertools
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from aspo.codec import MAX_REWARD
@@ -21,6 +21,7 @@ from aspo.config import CodeConfig, ConfigError, RewardPart
 from aspo_actor.completion import Completion
 from aspo_actor.imports import import_callable
 from aspo_actor.rewards.sandbox import Sandbox, adopt_orphans, reap_orphans
+from aspo_actor.workers import describe
 
 RewardFunction = Callable[..., Any]
 # To a function that names them.
@@ -102,7 +103,7 @@ def score_all(part: RewardPart, answers: Answers, code: CodeConfig) -> list[floa
     calls = list(_calls(function, part, answers, Sandbox(code)))
     if inspect.iscoroutinefunction(function):
         return asyncio.run(_await_all(function, calls))
-    values = [_score_one(function, *call) for call in calls]
+    values = [_tried(partial(function, text, **named)) for text, named in calls]
     if "sandbox" in _named(function):
         reap_orphans()
     return values
@@ -142,13 +143,15 @@ def _calls(
             "turns": turns,
             "environment_state": state,
         }
-        yield completion, arguments | {name: given[name] for name in wanted}
+        # Its own copy: a function that changes a list changes it for itself.
+        yield completion, copy.deepcopy(arguments) | {name: given[name] for name in wanted}
 
 
-def _score_one(function: RewardFunction, completion: str, arguments: dict[str, Any]) -> float | str:
+def _tried(give: Callable[[], Any]) -> float | str:
     try:
-        return _checked(function(completion, **arguments))
-    except Exception as error:  # a user's function may raise anything; the sample fails, the run goes on
+        return _checked(give())
+    # A user's function may raise anything, SystemExit too; the sample fails, the run goes on.
+    except BaseException as error:
         return describe(error)
 
 
@@ -158,7 +161,7 @@ async def _await_all(
     async def score(completion: str, arguments: dict[str, Any]) -> float | str:
         try:
             return _checked(await function(completion, **arguments))
-        except Exception as error:
+        except BaseException as error:
             return describe(error)
 
     return list(await asyncio.gather(*(score(*call) for call in calls)))
@@ -179,12 +182,16 @@ def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -
     try:
         result = function(**arguments)
         values = list(asyncio.run(result) if inspect.iscoroutine(result) else result)
-    except Exception as error:
+    except BaseException as error:
         return describe(error)
     if len(values) != size:
         return [f"it gave {len(values)} rewards for {size} completions"] * size
     # In TRL, None says that the function does not apply to the sample.
-    return [0.0 if value is None else _checked(value) for value in values]
+    return [0.0 if value is None else _tried(partial(_itself, value)) for value in values]
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
@@ -198,15 +205,6 @@ def _checked(value: Any) -> float | str:
     except (TypeError, ValueError):
         return f"it gave {value!r:.80}, not a number"
     return number if abs(number) <= MAX_REWARD else f"it gave {number}, not a number within {MAX_REWARD:g}"
-
-
-def describe(error: BaseException) -> str:
-    """What a user's function raised, and where, in one line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    where = f"{Path(frame.filename).name}:{frame.lineno}"
-    # Escaped, for it may quote what a model wrote.
-    text = f"{type(error).__name__}: {error}"[:300].encode("unicode_escape").decode()
-    return f"{text} ({where})"
 
 
 def _find(part: RewardPart) -> RewardFunction:
