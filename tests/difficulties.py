@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import sys
 import time
 from typing import Any
 
@@ -27,6 +29,10 @@ class Difficult:
             raise RuntimeError("no idea")
         if completion == "hang":
             time.sleep(60)  # noqa: ASYNC251 - it is to block
+        if completion == "exit":
+            sys.exit(0)
+        if completion == "cancel":
+            raise asyncio.CancelledError
         if completion == "die":
             os._exit(7)
         replies: dict[str, Any] = {

@@ -60,10 +60,10 @@ def require_url(url: str) -> None:
 
 
 def _reason(url: str, error: urllib.error.HTTPError) -> str:
-    if error.code in (401, 403):
-        return f"{url} answered {error.code}; pass --token or set ASPO_TOKEN"
     try:
         detail = json.load(error)["error"]
+        if error.code in (401, 403):
+            return f"{url} answered {error.code}: {detail['message']}; pass --token or set ASPO_TOKEN"
         return f"{detail['message']}; {detail['hint']}"
     except (ValueError, KeyError, TypeError):
         return f"{url} answered {error.code}; is it a learner? pass its URL with --learner"

@@ -36,7 +36,7 @@ from aspo_actor.environments.conversation import Conversations, conversations_wi
 from aspo_actor.rewards.calls import Answers
 from aspo_actor.rewards.scorer import Scorer
 from aspo_cli.ask import ask, require_url
-from aspo_cli.eval_report import Report, SetResult, write_report
+from aspo_cli.eval_report import Report, SetResult, require_writable, write_report
 from aspo_cli.pull import pull_version, scratch_folder
 from aspo_cli.status import fetch_status
 from aspo_learner.data import HeldOut, Prompt, load_held_out, room_for_prompts
@@ -180,6 +180,7 @@ def run_eval(path: Path, overrides: list[str], wanted: Wanted, *, as_json: bool)
     config = _with_options(load_config(path, overrides), wanted)
     if not config.eval.chosen:
         raise ConfigError("the config has no held-out set; set eval.path or eval.sets")
+    require_writable(wanted.out or config.run.path / "evaluations")
     # Reward functions named in the config may lie in the folder the command is run from.
     sys.path.insert(0, os.getcwd())
     with scratch_folder("aspo-eval-") as scratch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,20 @@ class Report:
         return said | {"seconds": self.seconds, "sets": sets}
 
 
+def require_writable(folder: Path) -> None:
+    """Raise ConfigError now for a folder that would take no report in the end."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"cannot write to {folder} ({error.strerror}); name another with --out")
+
+
 def write_report(report: Report, folder: Path, *, as_json: bool) -> None:
     """Write the files and print the table, or the JSON; raises ConfigError where nothing can be written."""
     text = json.dumps(report.summary, indent=2)
@@ -80,7 +95,7 @@ def write_report(report: Report, folder: Path, *, as_json: bool) -> None:
                 file.writelines(f"{json.dumps({'set': found.name} | row)}\n" for row in found.rows)
         plot(report, folder / "results.png")
     except OSError as error:
-        raise ConfigError(f"cannot write to {folder} ({error.strerror}); name another with --out") from None
+        raise _unwritable(folder, error) from None
     if as_json:
         typer.echo(json.dumps(report.summary))
         return

@@ -6,17 +6,15 @@ prompts = load_prompts(reader)          # one pass; `reader.counts` says what wa
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aspo.config import Config, ConfigError, DataConfig, EvalSet, Source
+from aspo_learner.rows import load_rows
 
 log = logging.getLogger(__name__)
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +57,7 @@ class PromptReader:
         self._config, self._set, self._tokenizer, self._room = config, chosen, tokenizer, room
         self.name = chosen.label
         self.counts = Counts()
-        self._rows = _load_rows(chosen, streaming=config.streaming)
+        self._rows = load_rows(chosen, streaming=config.streaming)
         self._wanted = {name: chosen.columns.get(name, name) for name in config.reward_columns}
         self._prompt_column = chosen.columns.get(config.prompt_column, config.prompt_column)
         if self._rows.column_names is not None:
@@ -67,15 +65,15 @@ class PromptReader:
 
     def __iter__(self) -> Iterator[Prompt]:
         self.counts = Counts()
-        for number, row in enumerate(_rows_of(self._rows, self._set)):
-            if number == 0:
+        for number, row in enumerate(self._rows):
+            if number == 0 and self._rows.column_names is None:
                 self._require_columns(row)
             self.counts.read += 1
-            token_ids = self._tokenize(row[self._prompt_column], number)
+            token_ids = self._tokenize(row.get(self._prompt_column), number)
             if self._is_too_long(len(token_ids), number):
                 self.counts.too_long += 1
                 continue
-            inputs = {name: row[column] for name, column in self._wanted.items()}
+            inputs = {name: row.get(column) for name, column in self._wanted.items()}
             yield Prompt(token_ids, inputs, self.name, self.counts.read - self.counts.too_long - 1)
         if self.counts.read == self.counts.too_long:
             raise ConfigError(
@@ -106,8 +104,8 @@ class PromptReader:
     def _tokenize(self, prompt: Any, number: int) -> list[int]:
         config, tokenizer = self._config, self._tokenizer
         templated = bool(tokenizer.chat_template) if config.chat_template is None else config.chat_template
-        if not prompt:
-            raise ConfigError(f"{self._set.path}, row {number}: the prompt is empty; remove the row")
+        if fault := _fault_of(prompt):
+            raise ConfigError(f"{self._set.path}, row {number}: {fault}")
         if not templated and (config.system_prompt or not isinstance(prompt, str)):
             raise ConfigError(
                 "data.system_prompt and prompts that are lists of messages need a chat template; set "
@@ -129,6 +127,20 @@ class PromptReader:
         if system and messages[0].get("role") != "system":
             return [{"role": "system", "content": system}, *messages]
         return messages
+
+
+def _fault_of(prompt: Any) -> str | None:
+    """What is wrong with a prompt; None for text, and for messages as chat templates take them."""
+    if prompt is None or prompt in ("", []):
+        return "the prompt is empty; remove the row"
+    if isinstance(prompt, str):
+        return None
+    if not isinstance(prompt, list):
+        return f"the prompt is neither text nor a list of messages, but {type(prompt).__name__}"
+    fit = (
+        isinstance(one, dict) and "role" in one and one.keys() & {"content", "tool_calls"} for one in prompt
+    )
+    return None if all(fit) else 'a message of the prompt is not {"role": ..., "content": ...}'
 
 
 def room_for_prompts(config: Config, context: int) -> int:
@@ -162,52 +174,3 @@ def load_held_out(config: Config, tokenizer: Any, *, room: int) -> list[HeldOut]
         HeldOut(chosen, load_prompts(PromptReader(data, chosen, tokenizer, room=room)))
         for chosen in config.eval.chosen
     ]
-
-
-def _load_rows(chosen: Source, *, streaming: bool) -> Any:
-    import datasets
-
-    path, split = chosen.path, chosen.split
-    suffix = Path(path).suffix
-    if suffix in _FORMATS and not Path(path).is_file():
-        raise ConfigError(f"no prompt file at {path}; set data.path or eval.path to a file that exists")
-    try:
-        if suffix in _FORMATS:
-            return datasets.load_dataset(
-                _FORMATS[suffix], data_files={split: path}, split=split, streaming=streaming
-            )
-        if (Path(path) / "state.json").is_file():  # as `save_to_disk` writes it
-            rows = datasets.load_from_disk(path)
-            return rows.to_iterable_dataset() if streaming else rows
-        return datasets.load_dataset(path, chosen.subset, split=split, streaming=streaming)
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        raise _unreadable(chosen, error) from None
-
-
-def _rows_of(rows: Any, chosen: Source) -> Iterator[dict[str, Any]]:
-    """Iterate; a set that is streamed may turn out unreadable as late as here."""
-    import datasets
-
-    try:
-        yield from rows
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _unreadable(chosen, error) from None
-
-
-def _unreadable(chosen: Source, error: Exception) -> ConfigError:
-    reason = (str(error).splitlines() or ["it holds no rows"])[0]
-    if Path(chosen.path).suffix == ".jsonl":
-        reason = _first_bad_line(chosen.path) or reason
-    return ConfigError(f"cannot read prompts from {chosen.path!r}, split {chosen.split!r}: {reason}")
-
-
-def _first_bad_line(path: str) -> str | None:
-    """Say which line of a file is no JSON object, None if all are."""
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                if line.strip() and not isinstance(json.loads(line), dict):
-                    return f"line {number} is JSON, but no object"
-            except ValueError as error:
-                return f"line {number} is not JSON ({getattr(error, 'msg', error)})"
-    return None

@@ -332,12 +332,12 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     _refuse_unknown_variables()
     try:
         settings = FileConfig(**parse_overrides(overrides))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
     except SettingsError as error:
         raise ConfigError(f"environment: {error}; give lists and tables as JSON") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {describe_validation_error(error)}") from None
+    except (ValueError, RecursionError) as error:  # no TOML, or a number or a nesting beyond Python's limits
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
     return settings
 
 
@@ -378,7 +378,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             raise ConfigError(f"--set {text!r}: write it as section.key=value")
         try:
             value = tomllib.loads(f"value = {raw}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = raw
         *parents, leaf = key.split(".")
         node = tree

@@ -94,14 +94,14 @@ class Quarantine:
         registry, stream = rollout_keys(self._run, REQUEUED)
 
         def move(pipeline: Any) -> None:
-            fields = self._find(entry_id)[1]  # after WATCH: whoever moves it too makes EXEC fail
+            found_id, fields = self._find(entry_id)  # after WATCH: whoever moves it too makes EXEC fail
             if b"size" in fields:
                 raise QuarantineError(f"{entry_id} was too large to be kept whole; it cannot be requeued")
             self._redis.xlen(stream)  # what is no stream fails here: EXEC undoes nothing
             pipeline.multi()
             pipeline.sadd(registry, stream)
             pipeline.xadd(stream, {name: fields.get(name, b"") for name in (b"uid", b"group")})
-            pipeline.xdel(self._stream, entry_id)
+            pipeline.xdel(self._stream, found_id)  # an id may be given without its number
 
         self._redis.transaction(move, self._stream, stream)
 

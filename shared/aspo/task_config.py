@@ -196,7 +196,9 @@ def _require_distinct(setting: str, sets: Iterable[Source]) -> None:
 class SamplingConfig(Section):
     """How actors sample; top-p, top-k and penalties are off: they would falsify the behaviour log-probs."""
 
-    group_size: int = Field(8, ge=1, le=1024, description="Completions per prompt.")
+    group_size: int = Field(
+        8, ge=2, le=1024, description="Completions per prompt; one alone has nothing to be compared with."
+    )
     max_tokens: int = Field(256, ge=1, description="Longest completion, in tokens of the model.")
     temperature: float = Field(1.0, ge=0.01, le=2.0, description="Applied by actor and learner alike.")
 

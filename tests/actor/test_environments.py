@@ -154,7 +154,7 @@ def difficult() -> Iterator[EnvironmentHost]:
 
 
 async def test_an_environment_that_fails_costs_its_own_conversation(difficult: EnvironmentHost) -> None:
-    faults = ["raise", "hang", "die", "none", "silent", "object", "large", "long"]
+    faults = ["raise", "hang", "exit", "cancel", "die", "none", "silent", "object", "large", "long"]
     faults += ["foreign", "huge", "messages"]
     before = difficult.failures
     talks = [conversations(ScriptedEngine(line), difficult).hold(make_task()) for line in [*faults, "well"]]

@@ -26,6 +26,7 @@ EXACT: list[tuple[str, Any, float | None]] = [
     ("The answer is 42", "42", 0),
     ("42\x00", "42", 0),
     ("4" * 1_000_000, "42", 0),
+    ("None", None, None),
 ]
 NUMERIC: list[tuple[str, Any, float | None]] = [
     ("It is 42.", "42", 1),
@@ -61,6 +62,7 @@ REGEX: list[tuple[str, Any, float | None]] = [
     (r"\boxed{42", "42", 0),
     ("", "42", 0),
     (r"\boxed{" * 10_000, "42", 0),
+    (r"\boxed{None}", None, None),
 ]
 FORMAT: list[tuple[str, Any, float | None]] = [
     ("<think>a\nb</think>\n<answer>42</answer>", "", 1),
@@ -92,6 +94,7 @@ MATH: list[tuple[str, Any, float | None]] = [
     ("__import__('os').abort()", "42", 0),
     (r"$9^{9^{9^{9}}}$", "3", 0),  # takes for ever
     ("42", "", None),
+    ("$None$", None, None),
 ]
 CASES = [
     *((RewardPart(function="aspo_actor.rewards:exact_match"), *case) for case in EXACT),

@@ -65,9 +65,15 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no config file at"):
         load_config(tmp_path / "none.toml")
     broken = tmp_path / "broken.toml"
-    broken.write_text("[model\n")
-    with pytest.raises(ConfigError, match="not valid TOML"):
-        load_config(broken)
+    for text in ("[model\n", f"[learner]\nsteps = {'9' * 5000}\n", f"x = {'[' * 5000}{']' * 5000}\n"):
+        broken.write_text(text)
+        with pytest.raises(ConfigError, match="not valid TOML"):
+            load_config(broken)
+
+
+def test_an_override_beyond_reason_is_text(config_file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"learner\.steps"):
+        load_config(config_file, [f"learner.steps={'9' * 5000}"])
 
 
 def test_a_missing_section_is_named(tmp_path: Path) -> None:

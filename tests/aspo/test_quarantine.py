@@ -67,6 +67,18 @@ def test_a_requeued_entry_comes_back_once_however_many_requeue_it(client: redis.
     assert list(quarantine.entries()) == []
 
 
+def test_an_id_without_its_number_moves_one_entry(client: redis.Redis, run: str) -> None:
+    stream = f"aspo:{run}:quarantine"
+    for number in range(2):
+        client.xadd(stream, {"uid": f"uid-{number}", "group": "payload"}, id=f"5-{number}")
+    quarantine = Quarantine(client, run)
+    quarantine.requeue("5")
+    assert [entry.id for entry in quarantine.entries()] == ["5-1"]
+    quarantine.requeue("5")
+    assert list(quarantine.entries()) == []
+    assert [d.uid for d in RolloutReader(client, run).read(count=9)] == ["uid-0", "uid-1"]
+
+
 def test_a_requeue_that_fails_loses_nothing(client: redis.Redis, run: str) -> None:
     [entry_id] = set_aside(client, run, b"payload")
     client.set(f"aspo:{run}:rollouts:_requeued", "no stream")

@@ -17,7 +17,7 @@ from aspo.http import ApiError, Server, create_app, listen
 from aspo_actor.completion import Completion
 from aspo_actor.openai_routes import Asked, openai_routes
 from aspo_cli import eval as evaluation
-from aspo_cli.eval_report import Report, SetResult, table_of, write_report
+from aspo_cli.eval_report import Report, SetResult, require_writable, table_of, write_report
 from aspo_learner.data import Prompt
 from models import char_tokenizer
 from services import Service
@@ -65,6 +65,8 @@ def test_all_of_it_is_written_and_the_table_fits_80_columns(
         assert words in capture.get()
     with pytest.raises(ConfigError, match=r"cannot write to .* name another with --out"):
         write_report(report, tmp_path / "out/results.json/x", as_json=True)
+    with pytest.raises(ConfigError, match=r"cannot write to .* name another with --out"):
+        require_writable(tmp_path / "out/results.json/x")
 
 
 class Moody:

@@ -102,6 +102,82 @@ def test_a_set_saved_by_the_library_will_do(tmp_path: Path, tokenizer: Any, stre
     assert [p.reward_inputs["answer"] for p in load(config, tokenizer, 10)] == ["15", "4"]
 
 
+EXACT = [("007", "7"), ("2020-01-01", "3.5"), ("3", "1.50"), ("NA", "")]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.CSV"])
+def test_answers_are_what_the_file_says(tmp_path: Path, tokenizer: Any, name: str, streaming: bool) -> None:
+    rows = [{"prompt": "1=", "a": a, "b": b} for a, b in EXACT]
+    kinds = {
+        "rows.jsonl": "".join(f"\n{json.dumps(row)}\r\n" for row in rows),
+        "rows.json": f"\n {json.dumps(rows)}",
+        "rows.CSV": "\ufeffprompt,a,b\r\n" + "".join(f"1=,{a},{b}\r\n" for a, b in EXACT),
+    }
+    (tmp_path / name).write_bytes(kinds[name].encode())
+    config = DataConfig(path=str(tmp_path / name), reward_columns=["a", "b"], streaming=streaming)
+    found = [(p.reward_inputs["a"], p.reward_inputs["b"]) for p in load(config, tokenizer, 10)]
+    assert found == EXACT
+
+
+def test_numbers_keep_their_kind_and_their_digits(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "1=", "answer": {n}}}\n' for n in ("3", "3.5", "-7", "9" * 30)))
+    answers = [p.reward_inputs["answer"] for p in load(DataConfig(path=str(path)), tokenizer, 10)]
+    assert answers == [3, 3.5, -7, "9" * 30], "what no task can carry is text"
+    assert isinstance(answers[0], int)
+
+
+def test_a_column_may_begin_in_a_later_row(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "1="}\n{"prompt": "2=", "answer": "2"}\n')
+    assert [p.reward_inputs["answer"] for p in load(DataConfig(path=str(path)), tokenizer, 10)] == [None, "2"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "it holds no rows"),
+        ("prompt,answer\n", "it holds no rows"),
+        ("prompt,answer\n1=,1\n2=\n", "line 3 has not as many fields as the first line"),
+        ("prompt,answer\n1=,1,1\n", "line 2 has not as many fields"),
+        ('prompt,answer\n1=,"1\n', "unexpected end of data"),
+        ("prompt,answer\n1=,\xff\n", "can't decode byte"),
+    ],
+)
+def test_a_broken_table_is_one_line(tmp_path: Path, tokenizer: Any, content: str, words: str) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ConfigError, match=words) as caught:
+        load(DataConfig(path=str(path)), tokenizer, 10)
+    assert "\n" not in str(caught.value)
+
+
+def test_why_a_set_cannot_be_read_is_said(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "rows.parquet"
+    path.write_text("no parquet")
+    with pytest.raises(ConfigError, match="Parquet magic bytes not found"):
+        load(DataConfig(path=str(path)), tokenizer, 10)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (["1=", "2="], r'row 0: a message of the prompt is not {"role": ..., "content": ...}'),
+        ([{"role": "user"}], "a message of the prompt is not"),
+        ({"role": "user", "content": "1"}, "neither text nor a list of messages, but dict"),
+        (12, "neither text nor a list of messages, but int"),
+        (0, "neither text nor a list of messages, but int"),
+        ([], "the prompt is empty"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(tmp_path: Path, tokenizer: Any, prompt: Any, words: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "answer": "1"}))
+    with pytest.raises(ConfigError, match=words):
+        load(DataConfig(path=str(path), system_prompt="7"), tokenizer, 10)
+
+
 def test_a_malformed_line_far_into_a_stream_is_named(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f"{json.dumps(ROWS[0])}\n" * 2000 + "{")

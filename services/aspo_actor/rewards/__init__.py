@@ -27,7 +27,7 @@ _PYTHON = ("python", "py", "python3")
 
 def exact_match(completion: str, *, answer: Any, **columns: Any) -> float:
     """1 if the completion is the answer, but for white space around it, else 0."""
-    return float(completion.strip() == str(answer).strip())
+    return float(completion.strip() == _text(answer))
 
 
 def numeric_match(completion: str, *, answer: Any, **columns: Any) -> float:
@@ -49,7 +49,13 @@ def regex_match(completion: str, *, answer: Any, pattern: str, **columns: Any) -
         return 0.0
     last = matches[-1]
     found = last[1] if last.re.groups else last[0]
-    return float(found is not None and found.strip() == str(answer).strip())
+    return float(found is not None and found.strip() == _text(answer))
+
+
+def _text(answer: Any) -> str:
+    if answer is None:
+        raise ValueError("the answer is missing; remove the row")
+    return str(answer).strip()
 
 
 def format_match(completion: str, *, pattern: str, **columns: Any) -> float:
@@ -66,7 +72,7 @@ def math_match(completion: str, *, answer: Any, seconds: int = 3, **columns: Any
     """
     from math_verify import parse, verify
 
-    text = str(answer)
+    text = _text(answer)
     gold = parse(text if "$" in text or "\\boxed" in text else f"${text}$", parsing_timeout=seconds)
     if not gold:
         raise ValueError(f"the answer {text[:80]!r} is no mathematics; use exact_match for it")
