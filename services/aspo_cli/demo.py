@@ -118,7 +118,7 @@ def run_demo(*, seed: int, runs: Path, name: str, overrides: list[str]) -> int:
             with Processes(folder / "logs") as parts:
                 service.start(parts)
                 _watch(parts, service.config, console)
-                console.print("stopping the actor and Redis", style="dim")
+                console.print("\nstopping the actor and Redis", style="dim")
     except KeyboardInterrupt:
         console.print("\ninterrupted; everything is stopped", style="yellow")
         return INTERRUPTED
@@ -192,6 +192,7 @@ def _watch(parts: Processes, config: Config, console: Console) -> None:
     token = config.auth.reader_token or config.auth.actor_token or config.auth.operator_token
     secret = token.get_secret_value() if token else None
     started = time.monotonic()
+    console.print(f"watch it at {url}, or by aspo top --learner {url}", style="dim")
     seen: dict[str, Any] | None = None
     with Live(console=console, refresh_per_second=4) as live:
         while not parts.finished("learner"):
@@ -206,12 +207,12 @@ def _view(seen: dict[str, Any] | None, elapsed: float, url: str) -> Group:
         return Group(Text(f"starting Redis, learner and vLLM actor ({elapsed:.0f} s)"))
     accuracy = seen["accuracy"] or 0.0
     bar = Progress(
-        TextColumn("held-out accuracy"), BarColumn(60), TextColumn("{task.completed:.2f} of {task.total:.2f}")
+        TextColumn("held-out accuracy"), BarColumn(60), TextColumn(f"{accuracy:.2f} (aim: {TARGET_ACCURACY})")
     )
     shown = bar.add_task("", total=TARGET_ACCURACY)
     bar.update(shown, completed=min(accuracy, TARGET_ACCURACY))
     return Group(
-        status.render(seen), bar, Text(f"{elapsed:.0f} s   {url}/docs   Ctrl-C stops it", style="dim")
+        status.render(seen), bar, Text(f"{elapsed:.0f} s   watch it at {url}   Ctrl-C stops it", style="dim")
     )
 
 

@@ -335,6 +335,8 @@ class _Judge:
 
 
 def _folder_name(versions: Sequence[str]) -> str:
-    """A folder's name for what was evaluated: epoch-step, or the model folder's own."""
+    """A folder's name for what was evaluated: epoch-step, or the way to the model's folder."""
     parts = [part for part in versions[-1].split("/") if part]
-    return "-".join(parts[-2:]) if len(parts) == 3 and parts[2].isdecimal() else parts[-1]
+    if len(parts) == 3 and parts[2].isdecimal():
+        return "-".join(parts[-2:])
+    return "-".join(part for part in parts if part not in (".", ".."))

@@ -242,7 +242,10 @@ def export(
     learner: LearnerUrl = DEFAULT_LEARNER,
     token: Token = None,
 ) -> None:
-    """Download a published version as a folder that from_pretrained and vLLM load."""
+    """Download a published version from a running learner as a folder that from_pretrained and vLLM load.
+
+    A run that is complete has left its last one in RUNS/NAME/model; `aspo weights pull` takes the live one.
+    """
     from aspo_cli.pull import pull_version
 
     typer.echo(pull_version(learner, token, version, folder))

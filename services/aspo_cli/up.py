@@ -103,7 +103,7 @@ def run_up(path: Path, actors: int, redis_url: str | None, overrides: list[str],
         with ended_by_signals(), _followed(logs, console) as parts:
             service.start(parts)
             _say(console, f"run {service.config.run.name}: {service.shares.words}; logs in {logs}")
-            _say(console, f"aspo status --learner {url}; API at {url}/docs; Ctrl-C stops all")
+            _say(console, f"watch it at {url}, or by aspo top --learner {url}; Ctrl-C stops all")
             while not parts.finished("learner"):
                 _tell(parts, console)
                 time.sleep(_POLL_S)

@@ -23,7 +23,7 @@ SUMMARY: Panels = {
 }
 LEARNING: Panels = {
     "Reward": {"reward": "sampled, T = 1"},
-    "Held-out accuracy": {"accuracy": "greedy"},
+    "Held-out accuracy": {"accuracy": "avg@k"},
     "Entropy (nats per token)": {"entropy": "policy"},
     "Response length (tokens)": {"response_length": "mean"},
 }

@@ -66,14 +66,19 @@ class PromptReader:
     def __iter__(self) -> Iterator[Prompt]:
         self.counts = Counts()
         for number, row in enumerate(self._rows):
-            if number == 0 and self._rows.column_names is None:
+            if number == 0:
                 self._require_columns(row)
+            for column in (self._prompt_column, *self._wanted.values()):
+                if column not in row:
+                    raise ConfigError(
+                        f"{self._set.path}, row {number}: there is no {column!r}; add it or null"
+                    )
             self.counts.read += 1
-            token_ids = self._tokenize(row.get(self._prompt_column), number)
+            token_ids = self._tokenize(row[self._prompt_column], number)
             if self._is_too_long(len(token_ids), number):
                 self.counts.too_long += 1
                 continue
-            inputs = {name: row.get(column) for name, column in self._wanted.items()}
+            inputs = {name: row[column] for name, column in self._wanted.items()}
             yield Prompt(token_ids, inputs, self.name, self.counts.read - self.counts.too_long - 1)
         if self.counts.read == self.counts.too_long:
             raise ConfigError(

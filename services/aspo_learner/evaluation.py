@@ -47,7 +47,9 @@ class Evaluator:
         answers = sum(len(one.prompts[: config.max_prompts]) * one.chosen.k for one in self._sets)
         cost = answers * self._tokens / max(1, self._answers)
         if cost > config.max_share * (trained - self._trained):
-            log.info("no evaluation at step %d: its %d tokens would exceed eval.max_share", step, cost)
+            log.info(
+                "no evaluation at step %d: its %d tokens would exceed eval.max_share; raise it", step, cost
+            )
             return False
         self._trained = trained
         return True

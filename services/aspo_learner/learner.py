@@ -125,7 +125,8 @@ class Learner:
             self._phase = "done"
             summary = self._history.finish(self._publisher, self.policy, self._actors())
             self._ranks.close()
-            log.info("done: the model is in %s, the figures in summary.json beside it", summary["model"])
+            what = "done" if self.step >= self.config.learner.steps else f"stopped after step {self.step}"
+            log.info("%s: the model is in %s, the figures in summary.json beside it", what, summary["model"])
             self._serve_on()
             return summary
 

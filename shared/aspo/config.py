@@ -330,15 +330,26 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
             return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
 
     _refuse_unknown_variables()
+    given = parse_overrides(overrides)
     try:
-        settings = FileConfig(**parse_overrides(overrides))
+        settings = FileConfig(**given)
     except SettingsError as error:
         raise ConfigError(f"environment: {error}; give lists and tables as JSON") from None
     except ValidationError as error:
-        raise ConfigError(f"{path}: {describe_validation_error(error)}") from None
+        by_option = all(_holds(given, detail["loc"]) for detail in error.errors())
+        raise ConfigError(f"{'--set' if by_option else path}: {describe_validation_error(error)}") from None
     except (ValueError, RecursionError) as error:  # no TOML, or a number or a nesting beyond Python's limits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     return settings
+
+
+def _holds(tree: Any, location: tuple[int | str, ...]) -> bool:
+    """Whether a setting is one of those given; what concerns several has no place."""
+    for part in location:
+        if not isinstance(tree, dict) or part not in tree:
+            return False
+        tree = tree[str(part)]
+    return bool(location)
 
 
 def describe_validation_error(error: ValidationError) -> str:

@@ -72,7 +72,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 
 def test_an_override_beyond_reason_is_text(config_file: Path) -> None:
-    with pytest.raises(ConfigError, match=r"learner\.steps"):
+    with pytest.raises(ConfigError, match=r"^--set: 'learner\.steps'"):
         load_config(config_file, [f"learner.steps={'9' * 5000}"])
 
 

@@ -120,7 +120,7 @@ async def test_a_refusal_ends_the_evaluation() -> None:
 
 def test_results_lie_in_a_folder_named_for_what_was_evaluated() -> None:
     assert evaluation._folder_name(["sums/1/40", "sums/1/42"]) == "1-42"
-    assert evaluation._folder_name(["runs/sums/model"]) == "model"
+    assert evaluation._folder_name(["./runs/sums/model"]) == "runs-sums-model"
 
 
 CONFIG = '[model]\npath = "m"\n[data]\npath = "d.jsonl"\n[actor]\nlearner_url = "http://127.0.0.1:1"\n'

@@ -84,7 +84,7 @@ def test_a_learner_that_dies_comes_back_and_all_ends_in_order(
     assert up.stop(signal.SIGINT) == 130, up.text
     assert "learner ended with code -9; starting it again in 1 s" in up.text
     assert re.search(r"^learner  \| .* step 1  reward", up.text, re.MULTILINE), up.text
-    assert f"aspo status --learner {url}; API at {url}/docs" in up.text
+    assert f"watch it at {url}, or by aspo top --learner {url}" in up.text
     assert "stopped as told" in up.text
     assert not is_served(port)
     assert list((folder / "state" / "checkpoints").iterdir())

@@ -128,10 +128,13 @@ def test_numbers_keep_their_kind_and_their_digits(tmp_path: Path, tokenizer: Any
     assert isinstance(answers[0], int)
 
 
-def test_a_column_may_begin_in_a_later_row(tmp_path: Path, tokenizer: Any) -> None:
+def test_a_row_without_a_column_is_named_and_null_is_a_value(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "1="}\n{"prompt": "2=", "answer": "2"}\n')
+    path.write_text('{"prompt": "1=", "answer": null}\n{"prompt": "2=", "answer": "2"}\n')
     assert [p.reward_inputs["answer"] for p in load(DataConfig(path=str(path)), tokenizer, 10)] == [None, "2"]
+    path.write_text('{"prompt": "1=", "answer": "1"}\n{"prompt": "2="}\n')
+    with pytest.raises(ConfigError, match="row 1: there is no 'answer'; add it or null"):
+        load(DataConfig(path=str(path)), tokenizer, 10)
 
 
 @pytest.mark.parametrize(

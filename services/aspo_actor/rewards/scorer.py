@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from aspo_actor.rewards.sandbox import Sandbox
 from aspo_actor.workers import CallLost, Workers
 
 log = logging.getLogger(__name__)
+_MANY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Scorer(Workers):
                 )
         self._config = config
         self.failures = 0
+        self._said: Counter[str] = Counter()
         super().__init__(config.concurrency)
 
     async def score(self, answers: Answers) -> Scores:
@@ -73,6 +76,17 @@ class Scorer(Workers):
             values = [value[0] if value else math.nan for value in await asyncio.gather(*single)]
         return values or [math.nan] * size
 
+    def _say(self, function: str, faults: Sequence[str]) -> None:
+        """Warn of each fault the first time, and then whenever it has come ten times as often."""
+        if len(self._said) > _MANY:  # they quote what a model wrote
+            self._said.clear()
+        for fault in faults:
+            self._said[fault] += 1
+            times = self._said[fault]
+            if times == 10 ** (len(str(times)) - 1):
+                often = f" ({times} times now)" if times > 1 else ""
+                log.warning("%s failed: %s%s", function, fault, often)
+
     async def _call(self, part: RewardPart, answers: Answers) -> list[float] | None:
         """One call in a worker; None when it did not come back."""
         results: list[float | str] | str
@@ -86,6 +100,5 @@ class Scorer(Workers):
         if isinstance(results, str):
             log.warning("%s failed: %s", part.function, results)
             return None
-        for fault in {result for result in results if isinstance(result, str)}:
-            log.warning("%s failed: %s", part.function, fault)
+        self._say(part.function, [result for result in results if isinstance(result, str)])
         return [math.nan if isinstance(result, str) else result for result in results]

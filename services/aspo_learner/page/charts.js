@@ -7,7 +7,7 @@ const line = (name, label, more = {}) => ({ name, label, ...more });
 
 export const CHARTS = [
   { title: "Reward and accuracy", unit: "mean reward", series: [
-    line("reward", "sampled, T = 1"), line("accuracy", "held-out, greedy", { stepped: true })] },
+    line("reward", "sampled, T = 1"), line("accuracy", "held-out, avg@k", { stepped: true })] },
   { title: "Entropy", unit: "nats per token", series: [line("entropy", "policy")] },
   { title: "KL", unit: "nats per token", series: [
     line("approx_kl_k3", "ratio's denominator, k3"), line("mismatch_k3", "sampler, k3"),
