@@ -124,6 +124,8 @@ def _facts(run: Run) -> dict[str, str]:
     before, after = run.summary.get("accuracy_before"), run.summary.get("accuracy_after")
     if after is None and accuracies:
         after = accuracies[-1]
+    # Those before and after training are of no step.
+    accuracies += [value for value in (before, after) if value is not None]
     trained = sum(m.get("train_seconds", 0.0) for m in steps)
     return {
         "steps": f"{last['step']:,.0f}",
