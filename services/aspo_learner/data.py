@@ -7,12 +7,12 @@ prompts = load_prompts(reader)          # one pass; `reader.counts` says what wa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from aspo.config import Config, ConfigError, DataConfig, EvalSet, Source
-from aspo_learner.rows import load_rows
+from aspo_learner.rows import Row, load_rows
 
 log = logging.getLogger(__name__)
 
@@ -60,19 +60,11 @@ class PromptReader:
         self._rows = load_rows(chosen, streaming=config.streaming)
         self._wanted = {name: chosen.columns.get(name, name) for name in config.reward_columns}
         self._prompt_column = chosen.columns.get(config.prompt_column, config.prompt_column)
-        if self._rows.column_names is not None:
-            self._require_columns(self._rows.column_names)
 
     def __iter__(self) -> Iterator[Prompt]:
         self.counts = Counts()
         for number, row in enumerate(self._rows):
-            if number == 0:
-                self._require_columns(row)
-            for column in (self._prompt_column, *self._wanted.values()):
-                if column not in row:
-                    raise ConfigError(
-                        f"{self._set.path}, row {number}: there is no {column!r}; add it or null"
-                    )
+            self._require_columns(row, number)
             self.counts.read += 1
             token_ids = self._tokenize(row[self._prompt_column], number)
             if self._is_too_long(len(token_ids), number):
@@ -80,18 +72,20 @@ class PromptReader:
                 continue
             inputs = {name: row[column] for name, column in self._wanted.items()}
             yield Prompt(token_ids, inputs, self.name, self.counts.read - self.counts.too_long - 1)
+        if self.counts.read == 0:
+            raise ConfigError(f"cannot read prompts from {self._set.path!r}: it holds no rows")
         if self.counts.read == self.counts.too_long:
             raise ConfigError(
                 f"{self._set.path} holds no usable prompt ({self.counts.read} rows, {self.counts.too_long} "
                 "too long); give at least one row that fits the context and data.max_prompt_tokens"
             )
 
-    def _require_columns(self, there: Iterable[str]) -> None:
-        there = list(there)
+    def _require_columns(self, row: Row, number: int) -> None:
         for column in (self._prompt_column, *self._wanted.values()):
-            if column not in there:
+            if column not in row:
+                who = f"{self._set.path}, row {number}," if number else self._set.path
                 raise ConfigError(
-                    f"{self._set.path} has no column {column!r} (it has {', '.join(there)}); set "
+                    f"{who} has no column {column!r} (it has {', '.join(row)}); set "
                     "data.prompt_column and data.reward_columns, or say by `columns` what they are called"
                 )
 
@@ -127,7 +121,7 @@ class PromptReader:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _messages(self, prompt: Any) -> list[dict[str, Any]]:
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": str(prompt)}]
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         system = self._config.system_prompt
         if system and messages[0].get("role") != "system":
             return [{"role": "system", "content": system}, *messages]

@@ -125,7 +125,7 @@ class Learner:
             self._phase = "done"
             summary = self._history.finish(self._publisher, self.policy, self._actors())
             self._ranks.close()
-            what = "done" if self.step >= self.config.learner.steps else f"stopped after step {self.step}"
+            what = "stopped as told" if self.controls.stop.is_set() else "done"
             log.info("%s: the model is in %s, the figures in summary.json beside it", what, summary["model"])
             self._serve_on()
             return summary

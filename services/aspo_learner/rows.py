@@ -24,14 +24,10 @@ _FAULTS = (OSError, ValueError, TypeError, ArithmeticError, RecursionError, Stop
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A set's rows, a pass for every iteration; `column_names` where they are known before.
-
-    Raises ConfigError for what cannot be read, as late as in a pass where it is streamed.
-    """
+    """A set's rows, a pass for every iteration, which raises ConfigError where they cannot be read."""
 
     chosen: Source
     begin: Callable[[], Iterator[Row]]
-    column_names: list[str] | None = None
 
     def __iter__(self) -> Iterator[Row]:
         import datasets
@@ -43,20 +39,14 @@ class Rows:
 
 
 def load_rows(chosen: Source, *, streaming: bool) -> Rows:
-    """Open a set; raises ConfigError for one that is not there, or that cannot be read."""
+    """Open a set; raises ConfigError for one that is not there, or that `datasets` cannot open."""
     path = Path(chosen.path)
     suffix = path.suffix.lower()
     if suffix in (*_TEXT, ".parquet") and not path.is_file():
         raise ConfigError(f"no prompt file at {path}; set data.path or eval.path to a file that exists")
-    if suffix not in _TEXT:
-        return _by_datasets(chosen, streaming=streaming)
-    rows = Rows(chosen, partial(_TEXT[suffix], path))
-    if streaming:
-        return rows
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    if not names:
-        raise _unreadable(chosen, ValueError("it holds no rows"))
-    return Rows(chosen, rows.begin, names)
+    if suffix in _TEXT:
+        return Rows(chosen, partial(_TEXT[suffix], path))
+    return _by_datasets(chosen, streaming=streaming)
 
 
 def _by_datasets(chosen: Source, *, streaming: bool) -> Rows:
@@ -75,7 +65,7 @@ def _by_datasets(chosen: Source, *, streaming: bool) -> Rows:
             found = datasets.load_dataset(path, chosen.subset, split=split, streaming=streaming)
     except (*_FAULTS, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(chosen, error) from None
-    return Rows(chosen, found.__iter__, found.column_names)
+    return Rows(chosen, found.__iter__)
 
 
 def _unreadable(chosen: Source, error: BaseException) -> ConfigError:
@@ -102,6 +92,7 @@ def _parse(text: bytes, line: int = 1) -> Any:
     try:
         return json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError) as error:
+        line += getattr(error, "lineno", 1) - 1
         raise ValueError(f"line {line} is not JSON ({getattr(error, 'msg', error)})") from None
 
 

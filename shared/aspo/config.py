@@ -336,15 +336,15 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     except SettingsError as error:
         raise ConfigError(f"environment: {error}; give lists and tables as JSON") from None
     except ValidationError as error:
-        by_option = all(_holds(given, detail["loc"]) for detail in error.errors())
+        by_option = all(_is_given(given, detail["loc"]) for detail in error.errors())
         raise ConfigError(f"{'--set' if by_option else path}: {describe_validation_error(error)}") from None
     except (ValueError, RecursionError) as error:  # no TOML, or a number or a nesting beyond Python's limits
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     return settings
 
 
-def _holds(tree: Any, location: tuple[int | str, ...]) -> bool:
-    """Whether a setting is one of those given; what concerns several has no place."""
+def _is_given(tree: Any, location: tuple[int | str, ...]) -> bool:
+    """Whether a setting is in a tree of them; what concerns several settings has no location."""
     for part in location:
         if not isinstance(tree, dict) or part not in tree:
             return False

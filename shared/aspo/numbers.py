@@ -11,16 +11,21 @@ _MINUS = "\N{MINUS SIGN}"
 _NUMBER = re.compile(rf"[-+{_MINUS}]?(?:\d[\d,]*(?:\.\d+)?|(?<![\d.])\.\d+)(?:[eE][-+]?\d+)?")
 
 
+def plain(number: str) -> str:
+    """A number's text as Python reads it: no commas between its digits, and a minus of ASCII."""
+    return number.replace(",", "").replace(_MINUS, "-")
+
+
 def last_number(text: str) -> Decimal | None:
     """The last number of a text, to its last digit; None without one, or with an exponent beyond reason."""
     found = _NUMBER.findall(text)
     try:
-        return Decimal(found[-1].replace(",", "").replace(_MINUS, "-")) if found else None
+        return Decimal(plain(found[-1])) if found else None
     except InvalidOperation:
         return None
 
 
 def spelling(number: Decimal) -> str:
     """One spelling for equal numbers."""
-    plain = number.normalize(Context(prec=len(number.as_tuple().digits))) if number else Decimal(0)
-    return f"{plain:f}" if abs(plain.adjusted()) < _LONG else str(plain)
+    short = number.normalize(Context(prec=len(number.as_tuple().digits))) if number else Decimal(0)
+    return f"{short:f}" if abs(short.adjusted()) < _LONG else str(short)

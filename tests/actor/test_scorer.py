@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -36,6 +37,8 @@ def difficult(completion: str, *, answer: str) -> Any:
     """A reward function that does what the completion says."""
     if completion == "raise":
         raise RuntimeError("no idea")
+    if completion == "complain":
+        raise ValueError("too hard")
     if completion == "hang":
         time.sleep(60)
     if completion == "die":
@@ -182,8 +185,19 @@ def test_whatever_is_raised_stays_in_the_worker(function: str, wicked: str) -> N
     with Scorer(config, ["answer"]) as scorer:
         scores = asyncio.run(scorer.score(answers(["4", wicked], answer="4")))
         again = asyncio.run(scorer.score(answers(["4", "5"], answer="4")))
-    assert scores.failed[1]
+    assert scores.failed.tolist() == [False, True]
     assert again.rewards.tolist() == [1, 0]
+
+
+async def test_a_fault_is_said_the_first_the_tenth_and_the_hundredth_time(
+    scorer: Scorer, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(4):
+        await scorer.score(answers(["complain"] * 30, answer="4"))
+    said = [
+        re.sub(r" \(test_scorer\.py:\d+\)", "", line).partition("ValueError: ")[2] for line in caplog.messages
+    ]
+    assert said == ["too hard", "too hard (10 times now)", "too hard (100 times now)"]
 
 
 def test_a_function_that_changes_a_column_changes_it_for_itself() -> None:

@@ -133,27 +133,8 @@ def test_a_row_without_a_column_is_named_and_null_is_a_value(tmp_path: Path, tok
     path.write_text('{"prompt": "1=", "answer": null}\n{"prompt": "2=", "answer": "2"}\n')
     assert [p.reward_inputs["answer"] for p in load(DataConfig(path=str(path)), tokenizer, 10)] == [None, "2"]
     path.write_text('{"prompt": "1=", "answer": "1"}\n{"prompt": "2="}\n')
-    with pytest.raises(ConfigError, match="row 1: there is no 'answer'; add it or null"):
+    with pytest.raises(ConfigError, match=r"row 1, has no column 'answer' \(it has prompt\)"):
         load(DataConfig(path=str(path)), tokenizer, 10)
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ("", "it holds no rows"),
-        ("prompt,answer\n", "it holds no rows"),
-        ("prompt,answer\n1=,1\n2=\n", "line 3 has not as many fields as the first line"),
-        ("prompt,answer\n1=,1,1\n", "line 2 has not as many fields"),
-        ('prompt,answer\n1=,"1\n', "unexpected end of data"),
-        ("prompt,answer\n1=,\xff\n", "can't decode byte"),
-    ],
-)
-def test_a_broken_table_is_one_line(tmp_path: Path, tokenizer: Any, content: str, words: str) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(ConfigError, match=words) as caught:
-        load(DataConfig(path=str(path)), tokenizer, 10)
-    assert "\n" not in str(caught.value)
 
 
 def test_why_a_set_cannot_be_read_is_said(tmp_path: Path, tokenizer: Any) -> None:
@@ -202,24 +183,42 @@ def test_long_prompts_are_an_error_or_skipped_and_counted(
         load(skipping, tokenizer, 1)
 
 
+TABLES = [
+    ("", "it holds no rows"),
+    ("prompt,answer\n", "it holds no rows"),
+    ("prompt,answer\n1=,1\n2=\n", "line 3 has not as many fields as the first line"),
+    ("prompt,answer\n1=,1,1\n", "line 2 has not as many fields"),
+    ('prompt,answer\n1=,"1\n', "unexpected end of data"),
+    ("prompt,answer\n1=,\xff\n", "can't decode byte"),
+]
+LINES = [
+    ("", "it holds no rows"),
+    ("{not json}\n", "cannot read prompts from .* line 1 is not JSON"),
+    (
+        '{"prompt": "1=", "answer": "1"}\n{"prompt": "1=", "ans\n',
+        r"line 2 is not JSON \(Invalid",
+    ),
+    ('{"prompt": "1=", "answer": "1"}\n\n[1]\n', "line 3 is JSON, but no object"),
+    ('{"question": "1"}\n', "has no column 'prompt'"),
+    ('{"prompt": "", "answer": "1"}\n', "row 0: the prompt is empty"),
+    ('{"prompt": "1=", "answer": "1"}\n{"prompt": null, "answer": "1"}\n', "row 1: the prompt is empty"),
+]
+
+
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "content", "words"),
     [
-        ("", "it holds no rows"),
-        ("{not json}\n", "cannot read prompts from .* line 1 is not JSON"),
-        (
-            '{"prompt": "1=", "answer": "1"}\n{"prompt": "1=", "ans\n',
-            r"line 2 is not JSON \(Invalid",
-        ),
-        ('{"prompt": "1=", "answer": "1"}\n\n[1]\n', "line 3 is JSON, but no object"),
-        ('{"question": "1"}\n', "has no column 'prompt'"),
-        ('{"prompt": "", "answer": "1"}\n', "row 0: the prompt is empty"),
-        ('{"prompt": "1=", "answer": "1"}\n{"prompt": null, "answer": "1"}\n', "row 1: the prompt is empty"),
+        *(("rows.jsonl", *case) for case in LINES),
+        *(("rows.csv", *case) for case in TABLES),
+        ("rows.json", '[{"prompt": "1=",\n "answer": }]', "line 2 is not JSON"),
+        ("rows.json", "[1]", "entry 1 is JSON, but no object"),
     ],
 )
-def test_a_broken_file_is_one_line(tmp_path: Path, tokenizer: Any, content: str, words: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
+def test_a_broken_file_is_one_line(
+    tmp_path: Path, tokenizer: Any, name: str, content: str, words: str
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ConfigError, match=words) as caught:
         load(DataConfig(path=str(path)), tokenizer, 10)
     assert "\n" not in str(caught.value)

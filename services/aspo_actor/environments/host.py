@@ -87,15 +87,12 @@ class EnvironmentHost(Workers):
 def answer(
     function: str, options: dict[str, Any], opening: Opening, state: bytes | None, completion: str
 ) -> Answer | str:
-    """In a worker: what the environment answers, or what went wrong."""
-    try:
-        environment = _environment(function, msgspec.json.encode(options))
-        known = unpack(state)
-        if state is None:
-            known = _now(environment.reset(**({"prompt": opening.prompt} | opening.columns)))
-        return _checked(_now(environment.step(known, completion)))
-    except BaseException as error:  # a user's environment may raise anything, SystemExit too
-        return describe(error)
+    """In a worker: what the environment answers, or what is wrong with that; raises what it raises."""
+    environment = _environment(function, msgspec.json.encode(options))
+    known = unpack(state)
+    if state is None:
+        known = _now(environment.reset(**({"prompt": opening.prompt} | opening.columns)))
+    return _checked(_now(environment.step(known, completion)))
 
 
 def unpack(state: bytes | None) -> Any:

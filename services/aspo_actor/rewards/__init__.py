@@ -18,7 +18,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from aspo.numbers import last_number
+from aspo.numbers import last_number, plain
 from aspo_actor.rewards.sandbox import Sandbox
 
 _FENCE = re.compile(r"[ \t]*```+[ \t]*([^\s`{]*)")
@@ -35,7 +35,7 @@ def numeric_match(completion: str, *, answer: Any, **columns: Any) -> float:
 
     Raises ValueError for an answer that is no finite number.
     """
-    target = float(str(answer).replace(",", "").replace("\N{MINUS SIGN}", "-"))
+    target = float(plain(str(answer)))
     if not math.isfinite(target):
         raise ValueError(f"the answer {str(answer)[:80]!r} is no finite number")
     found = last_number(completion)
@@ -50,12 +50,6 @@ def regex_match(completion: str, *, answer: Any, pattern: str, **columns: Any) -
     last = matches[-1]
     found = last[1] if last.re.groups else last[0]
     return float(found is not None and found.strip() == _text(answer))
-
-
-def _text(answer: Any) -> str:
-    if answer is None:
-        raise ValueError("the answer is missing; remove the row")
-    return str(answer).strip()
 
 
 def format_match(completion: str, *, pattern: str, **columns: Any) -> float:
@@ -127,6 +121,12 @@ def code_tests(
             return 0.0
         passed += right
     return passed / len(cases)
+
+
+def _text(answer: Any) -> str:
+    if answer is None:
+        raise ValueError("the answer is missing; remove the row")
+    return str(answer).strip()
 
 
 def _program(completion: str) -> str:

@@ -11,9 +11,9 @@ import dataclasses
 import importlib
 import inspect
 import itertools
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from aspo.codec import MAX_REWARD
@@ -93,8 +93,8 @@ def wants_sandbox(part: RewardPart) -> bool:
     return "sandbox" in _named(_find(part))
 
 
-def score_all(part: RewardPart, answers: Answers, code: CodeConfig) -> list[float | str] | str:
-    """In a worker: a number or what went wrong, per completion; or what went wrong with all of the group."""
+def score_all(part: RewardPart, answers: Answers, code: CodeConfig) -> list[float | str]:
+    """In a worker: a number or what went wrong, per completion; raises what goes wrong with a group."""
     function = _find(part)
     if part.style != "plain":
         return _score_group(function, part, answers)
@@ -103,7 +103,7 @@ def score_all(part: RewardPart, answers: Answers, code: CodeConfig) -> list[floa
     calls = list(_calls(function, part, answers, Sandbox(code)))
     if inspect.iscoroutinefunction(function):
         return asyncio.run(_await_all(function, calls))
-    values = [_tried(partial(function, text, **named)) for text, named in calls]
+    values = [_score_one(function, *call) for call in calls]
     if "sandbox" in _named(function):
         reap_orphans()
     return values
@@ -147,9 +147,9 @@ def _calls(
         yield completion, copy.deepcopy(arguments) | {name: given[name] for name in wanted}
 
 
-def _tried(give: Callable[[], Any]) -> float | str:
+def _score_one(function: RewardFunction, completion: str, arguments: dict[str, Any]) -> float | str:
     try:
-        return _checked(give())
+        return _checked(function(completion, **arguments))
     # A user's function may raise anything, SystemExit too; the sample fails, the run goes on.
     except BaseException as error:
         return describe(error)
@@ -167,7 +167,7 @@ async def _await_all(
     return list(await asyncio.gather(*(score(*call) for call in calls)))
 
 
-def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -> list[float | str] | str:
+def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -> list[float | str]:
     """Call f(prompts, completions, **columns), every argument a list with an entry per completion."""
     size = len(answers.completions)
     prompt: Any = answers.prompt
@@ -179,19 +179,12 @@ def _score_group(function: RewardFunction, part: RewardPart, answers: Answers) -
     arguments = columns | part.options | {"prompts": [prompt] * size, "completions": completions}
     if "completion_ids" in _named(function):
         arguments["completion_ids"] = [list(ids) for ids in answers.token_ids]
-    try:
-        result = function(**arguments)
-        values = list(asyncio.run(result) if inspect.iscoroutine(result) else result)
-    except BaseException as error:
-        return describe(error)
+    result = function(**arguments)
+    values = list(asyncio.run(result) if inspect.iscoroutine(result) else result)
     if len(values) != size:
         return [f"it gave {len(values)} rewards for {size} completions"] * size
     # In TRL, None says that the function does not apply to the sample.
-    return [0.0 if value is None else _tried(partial(_itself, value)) for value in values]
-
-
-def _itself(value: Any) -> Any:
-    return value
+    return [0.0 if value is None else _checked(value) for value in values]
 
 
 def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
@@ -200,10 +193,13 @@ def _messages(turns: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _checked(value: Any) -> float | str:
+    """A reward, or what is wrong with it; what is no number may raise anything when it is asked for one."""
     try:
         number = float(value)
     except (TypeError, ValueError):
-        return f"it gave {value!r:.80}, not a number"
+        return f"it gave {reprlib.repr(value)}, not a number"
+    except BaseException as error:
+        return describe(error)
     return number if abs(number) <= MAX_REWARD else f"it gave {number}, not a number within {MAX_REWARD:g}"
 
 

@@ -20,7 +20,7 @@ from aspo_actor.rewards.sandbox import Sandbox
 from aspo_actor.workers import CallLost, Workers
 
 log = logging.getLogger(__name__)
-_MANY = 1000
+_MOST_FAULTS = 1000  # that are remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Scorer(Workers):
                 )
         self._config = config
         self.failures = 0
-        self._said: Counter[str] = Counter()
+        self._faults: Counter[tuple[str, str]] = Counter()
         super().__init__(config.concurrency)
 
     async def score(self, answers: Answers) -> Scores:
@@ -76,29 +76,26 @@ class Scorer(Workers):
             values = [value[0] if value else math.nan for value in await asyncio.gather(*single)]
         return values or [math.nan] * size
 
-    def _say(self, function: str, faults: Sequence[str]) -> None:
+    def _warn(self, function: str, faults: Sequence[str]) -> None:
         """Warn of each fault the first time, and then whenever it has come ten times as often."""
-        if len(self._said) > _MANY:  # they quote what a model wrote
-            self._said.clear()
+        if len(self._faults) > _MOST_FAULTS:  # they quote what a model wrote
+            self._faults.clear()
         for fault in faults:
-            self._said[fault] += 1
-            times = self._said[fault]
+            self._faults[function, fault] += 1
+            times = self._faults[function, fault]
             if times == 10 ** (len(str(times)) - 1):
                 often = f" ({times} times now)" if times > 1 else ""
                 log.warning("%s failed: %s%s", function, fault, often)
 
     async def _call(self, part: RewardPart, answers: Answers) -> list[float] | None:
         """One call in a worker; None when it did not come back."""
-        results: list[float | str] | str
+        results: list[float | str]
         try:
             results = await self.call(
                 score_all, part, answers, self._config.code, timeout_s=self._config.timeout_s
             )
         except CallLost as error:
-            log.warning("%s: %s; its samples count as failed", part.function, error)
+            self._warn(part.function, [str(error)])
             return None
-        if isinstance(results, str):
-            log.warning("%s failed: %s", part.function, results)
-            return None
-        self._say(part.function, [result for result in results if isinstance(result, str)])
+        self._warn(part.function, [result for result in results if isinstance(result, str)])
         return [math.nan if isinstance(result, str) else result for result in results]

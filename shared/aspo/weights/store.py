@@ -445,10 +445,9 @@ class WeightStore:
             live = msgspec.json.decode((self._root / "live").read_bytes(), type=Live)
             if PolicyVersion.parse(live.version) in self._manifests:
                 return live
-        except FileNotFoundError:
-            pass  # nothing was published yet
         except (OSError, ValueError) as error:
-            log.info("no word on which version is live (%s); taking the newest", error)
+            if self._manifests:
+                log.info("no word on which version is live (%s); taking the newest", error)
         newest = max(self._manifests, default=None)
         return Live(str(newest)) if newest else None
 
